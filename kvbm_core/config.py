@@ -1,0 +1,169 @@
+"""One frozen configuration object, parsed once, unknown keys refused.
+
+Lives here: every option, its default, its bounds, and where its value may come from.
+Does not live here: what the machine has (see `kvbm_core.host_memory`), reading the environment
+(the caller passes it in).
+Invariant: a KvbmConfig that exists is within every bound that can be checked without the machine.
+
+Precedence, highest first: the engine's connector options (vLLM: `kv_connector_extra_config`),
+the `DYN_KVBM_*` environment, the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvbm_core.errors import ConfigError
+
+ENV_PREFIX = "DYN_KVBM_"
+BYTES_PER_GB = 10**9
+LOG_LEVELS = {
+    "trace": "DEBUG",
+    "debug": "DEBUG",
+    "info": "INFO",
+    "warn": "WARNING",
+    "warning": "WARNING",
+    "error": "ERROR",
+    "critical": "CRITICAL",
+    "off": "CRITICAL",
+}
+
+
+@dataclass(frozen=True)
+class KvbmConfig:
+    """Options of one connector; names are those of the environment without the prefix.
+
+    cpu_cache_gb: host tier in GB of 10**9 bytes, summed over ranks; None takes a share of
+    free memory. cpu_cache_override_num_blocks: the same in blocks, and wins.
+    max_concurrent_transfers: copy threads (CPU). max_transfer_batch_size: blocks a copy
+    call; None sizes calls by bytes. offload_generated_blocks: keep blocks of generated tokens
+    too. eviction_policy, transfer_engine: a built-in name or ``module:Name``.
+    block_keys: ``engine`` (the engine's own hashes), ``chain`` (ours), or ``auto``.
+    """
+
+    cpu_cache_gb: float | None = None
+    cpu_cache_override_num_blocks: int | None = None
+    max_concurrent_transfers: int = 4
+    max_transfer_batch_size: int | None = None
+    offload_generated_blocks: bool = True
+    eviction_policy: str = "lru"
+    transfer_engine: str = "auto"
+    block_keys: str = "auto"
+    log_level: str = "INFO"
+    ignored: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, *, env: Mapping[str, str], options: Mapping[str, Any]) -> KvbmConfig:
+        """Parse environment and connector options. Raises ConfigError on any bad value."""
+        values: dict[str, Any] = {}
+        ignored: list[str] = []
+        for name, text in env.items():
+            if name.startswith(ENV_PREFIX) and text.strip():
+                _take(values, ignored, name.removeprefix(ENV_PREFIX).lower(), text, name)
+        for name, value in options.items():
+            option = name.removeprefix(ENV_PREFIX).lower()
+            _take(values, ignored, option, value, f"kv_connector_extra_config.{name}")
+        level = env.get("DYN_LOG") or env.get("DYNAMO_LOG_LEVEL")
+        values.setdefault("log_level", _log_level(level) if level else "INFO")
+        return cls(**values, ignored=tuple(ignored))
+
+
+def _take(values: dict[str, Any], ignored: list[str], option: str, raw: Any, source: str) -> None:
+    if option in _LATER:
+        ignored.append(f"{source}={raw!r}")
+        return
+    parse = _PARSERS.get(option)
+    if parse is None:
+        close = difflib.get_close_matches(option, [*_PARSERS, *_LATER], n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(_PARSERS)}."
+        raise ConfigError(source, raw, "unknown option", hint)
+    values[option] = parse(source, raw)
+
+
+def _number(source: str, raw: Any) -> float:
+    try:
+        value = float(raw) if not isinstance(raw, bool) else math.nan
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(source, raw, "not a number", "Give a number such as 4 or 0.5.")
+    return value
+
+
+def _gigabytes(source: str, raw: Any) -> float:
+    value = _number(source, raw)
+    if value <= 0:
+        raise ConfigError(source, raw, "must be above 0", "Give GB, or leave it unset.")
+    return value
+
+
+def _count(source: str, raw: Any) -> int:
+    value = _number(source, raw)
+    if value < 1 or value != int(value) or value >= 2**32:
+        problem = "must be a whole number from 1 to 2**32 - 1"
+        raise ConfigError(source, raw, problem, "Give a count, or leave it unset.")
+    return int(value)
+
+
+def _boolean(source: str, raw: Any) -> bool:
+    text = str(raw).strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise ConfigError(source, raw, "not a boolean", "Give true or false.")
+
+
+def _text(source: str, raw: Any) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise ConfigError(source, raw, "not a name", "Give a built-in name or module:Name.")
+    return raw.strip()
+
+
+def _block_keys(source: str, raw: Any) -> str:
+    if raw not in ("auto", "engine", "chain"):
+        raise ConfigError(source, raw, "unknown choice", "Give auto, engine or chain.")
+    return str(raw)
+
+
+def _log_level(raw: Any, source: str = "DYN_LOG") -> str:
+    """Level of a plain name or of a filter list such as ``warn,kvbm=debug``."""
+    chosen = None
+    for part in str(raw).split(","):
+        target, _, level = part.strip().rpartition("=")
+        if not target or target.startswith("kvbm"):
+            chosen = LOG_LEVELS.get(level.lower(), chosen)
+            if level.lower() not in LOG_LEVELS:
+                remedy = f"Give one of {', '.join(LOG_LEVELS)}."
+                raise ConfigError(source, raw, f"unknown level {level!r}", remedy)
+    return chosen or "INFO"
+
+
+_PARSERS: dict[str, Callable[[str, Any], Any]] = {
+    "cpu_cache_gb": _gigabytes,
+    "cpu_cache_override_num_blocks": _count,
+    "max_concurrent_transfers": _count,
+    "max_transfer_batch_size": _count,
+    "offload_generated_blocks": _boolean,
+    "eviction_policy": _text,
+    "transfer_engine": _text,
+    "block_keys": _block_keys,
+    "log_level": lambda source, raw: _log_level(raw, source),
+}
+assert set(_PARSERS) | {"ignored"} == {field.name for field in fields(KvbmConfig)}
+
+# Options of NVIDIA Dynamo's KVBM 1.6.1 for parts this release does not have: a user who
+# switches keeps his environment, and start-up names what had no effect.
+_LATER = frozenset(
+    """
+    disk_cache_gb disk_cache_override_num_blocks disk_cache_dir disk_zerofill_fallback
+    disk_disable_o_direct disable_disk_offload_filter host_offload_prefix_min_priority
+    leader_zmq_host leader_zmq_pub_port leader_zmq_ack_port leader_worker_init_timeout_secs
+    metrics metrics_port cache_stats_max_requests cache_stats_log_interval_secs enable_record
+    kv_events_enable_consolidator kv_events_consolidator_mode trtllm_zmq_port nccl_mla_mode sleep
+    """.split()
+)

@@ -1,0 +1,36 @@
+"""Least recently used: the resident key whose last use is longest ago goes first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from kvbm_core.types import BlockHash
+
+
+class Lru:
+    """EvictionPolicy over one ordered dictionary; a touch is a move to its end."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[BlockHash, None] = OrderedDict()
+
+    def insert(self, keys: Iterable[BlockHash]) -> None:
+        for key in keys:
+            self._order[key] = None
+
+    def touch(self, keys: Iterable[BlockHash]) -> None:
+        move_to_end = self._order.move_to_end
+        for key in keys:
+            move_to_end(key)
+
+    def remove(self, key: BlockHash) -> None:
+        del self._order[key]
+
+    def victims(self, count: int, keep: Callable[[BlockHash], bool]) -> list[BlockHash]:
+        found: list[BlockHash] = []
+        for key in self._order:
+            if len(found) == count:
+                break
+            if not keep(key):
+                found.append(key)
+        return found

@@ -1,0 +1,327 @@
+"""The leader: what of a request is cached, what to load, what to keep, what must wait.
+
+    match → allocated → plan_step → (worker) → apply → … → finish
+
+Lives here: the decisions of one engine, over one host tier. Does not live here: engine types,
+bytes, time, threads.
+Invariant: single-threaded; eviction happens only in `plan_step`, `finish` and `apply`; a hash is
+READY only after every rank has its bytes; no device block is reused under an op (the engine
+holds it, or a fence precedes its reuse); when idle, nothing is pinned and no slot is left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+from kvbm_core.errors import IllegalTransition
+from kvbm_core.ledger import OpLedger, OpRecord
+from kvbm_core.metrics import Counters
+from kvbm_core.pool import BlockPool
+from kvbm_core.slot import NEVER, Slot, SlotEvent, SlotState
+from kvbm_core.types import BlockHash, BlockId, OpId, OpResult, RequestId, TransferOp
+from kvbm_core.wire import StepPlan, WorkerReport
+
+logger = logging.getLogger(__name__)
+
+
+class Leader:
+    """Decides for one engine with `num_ranks` ranks; `block_size` is in tokens."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        num_ranks: int,
+        offload_generated_blocks: bool = True,
+    ) -> None:
+        self.counters = Counters()
+        self.num_ranks = num_ranks
+        self._pool = pool
+        self._block_size = block_size
+        self._offload_generated_blocks = offload_generated_blocks
+        self._ledger = OpLedger(num_ranks)
+        self._slots: dict[RequestId, Slot] = {}
+        self._loading: dict[BlockHash, OpId] = {}
+        self._queued_ops: list[TransferOp] = []
+        self._queued_fences: set[OpId] = set()
+        self._queued_drains: list[RequestId] = []
+
+    @property
+    def pool(self) -> BlockPool:
+        return self._pool
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    @property
+    def num_ops_in_flight(self) -> int:
+        return len(self._ledger)
+
+    def has_work(self) -> bool:
+        """Whether the engine must keep stepping for ops to be sent or to end."""
+        return bool(self._ledger or self._queued_drains)
+
+    def has_slot(self, request_id: RequestId) -> bool:
+        return request_id in self._slots
+
+    def is_loading(self, request_id: RequestId) -> bool:
+        slot = self._slots.get(request_id)
+        return slot is not None and slot.state is SlotState.LOADING
+
+    def create_slot(
+        self, request_id: RequestId, keys: Sequence[BlockHash], num_prompt_tokens: int
+    ) -> None:
+        """Begin to follow a request. `keys` stays the caller's and grows with the request.
+
+        Raises IllegalTransition for a request that is already followed.
+        """
+        if request_id in self._slots:
+            raise IllegalTransition(f"request {request_id} has a slot already")
+        self._slots[request_id] = Slot(request_id, keys, num_prompt_tokens)
+
+    def match(self, request_id: RequestId, num_device_tokens: int) -> int | None:
+        """Tokens beyond the engine's own `num_device_tokens` that can be loaded now.
+
+        A multiple of the block size, up to all complete blocks of the request. None: not yet,
+        another request is bringing the first of these blocks to the device, ask again. Pins
+        nothing and may be repeated. A running request that is matched again was preempted.
+        """
+        slot = self._slots[request_id]
+        if slot.state is SlotState.RUNNING:
+            slot.move(SlotEvent.PREEMPTED)
+        slot.num_device_tokens = num_device_tokens
+        start = num_device_tokens // self._block_size
+        num_blocks = self._pool.match(slot.keys, start)
+        if num_blocks and slot.keys[start] in self._loading:
+            return None
+        return num_blocks * self._block_size
+
+    def allocated(
+        self,
+        request_id: RequestId,
+        num_external_tokens: int,
+        device_ids: Sequence[BlockId],
+    ) -> None:
+        """The engine holds `device_ids` (all blocks of the request) and will load this many tokens.
+
+        Raises IllegalTransition where these were not offered; then nothing has changed.
+        """
+        slot = self._slots[request_id]
+        is_admission = slot.state is SlotState.WAITING
+        if num_external_tokens:
+            self._start_load(slot, num_external_tokens, device_ids)
+        else:
+            slot.move(SlotEvent.ADMITTED)
+        if is_admission:
+            start = slot.num_device_tokens // self._block_size
+            self.counters.num_queried_blocks += max(0, len(slot.keys) - start)
+            self.counters.num_matched_blocks += num_external_tokens // self._block_size
+            slot.num_planned_blocks = 0
+            slot.next_offload_tokens = self._block_size
+
+    def plan_step(
+        self,
+        progress: Iterable[tuple[RequestId, int]],
+        device_table: Callable[[RequestId], Sequence[BlockId]],
+        *,
+        reissued: Iterable[BlockId] = (),
+        idle: bool = False,
+    ) -> StepPlan:
+        """The plan of one engine step.
+
+        progress: for each scheduled request, the tokens whose KV exists once this step's forward
+        is done. device_table: all device blocks of a scheduled request, asked only where a block
+        became complete. reissued: device blocks that this step's forward writes for the first
+        time. idle: the step has no forward.
+        """
+        self._queued_fences |= self._ledger.ops_on(reissued)
+        slots = self._slots
+        for request_id, num_tokens in progress:
+            slot = slots.get(request_id)
+            if slot is not None and num_tokens >= slot.next_offload_tokens:
+                self._offload(slot, num_tokens, device_table)
+        return self._take_plan(idle)
+
+    def finish(
+        self, request_id: RequestId, num_computed_tokens: int, device_ids: Sequence[BlockId]
+    ) -> bool:
+        """The engine is done with a request, for whatever reason; complete blocks are kept.
+
+        True: offloads still read its device blocks; the workers report it drained when the
+        engine may free them. False: nothing reads them, or a load still writes them, of whose
+        end the engine is told anyway. Unknown requests are none of ours: False.
+        """
+        slot = self._slots.get(request_id)
+        if slot is None or slot.state is SlotState.DRAINING:
+            return False
+        is_loading = slot.state is SlotState.LOADING
+        if slot.state is SlotState.RUNNING and num_computed_tokens >= slot.next_offload_tokens:
+            self._offload(slot, num_computed_tokens, lambda _: device_ids)
+        if not is_loading:
+            self._pool.touch(slot.keys[: slot.num_planned_blocks])
+        slot.move(SlotEvent.FINISHED_BUSY if slot.op_ids else SlotEvent.FINISHED_IDLE)
+        if slot.state is SlotState.FINISHED:
+            del self._slots[request_id]
+            return False
+        if is_loading:
+            return False
+        self._queued_drains.append(request_id)
+        return True
+
+    def apply(self, report: WorkerReport) -> None:
+        """Take one rank's results; end the ops that thereby have all their answers."""
+        for result in report.results:
+            try:
+                record, has_ended = self._ledger.answer(report.rank, result)
+            except KeyError:
+                self.counters.num_bad_reports += 1
+                logger.warning("rank %d answered op %d, which owes none", report.rank, result.op_id)
+                continue
+            route = self.counters.routes[record.op.route]
+            route.num_bytes += result.num_bytes
+            route.seconds += result.seconds
+            if has_ended:
+                self._end(record)
+
+    def lose_rank(self, rank: int) -> None:
+        """A rank is gone and its memory with it: fail what it owed, forget what it held."""
+        self.reset()
+        owed = [record for record in self._ledger.records() if rank in record.pending_ranks]
+        results = tuple(OpResult(r.op.op_id, 0, 0.0, "rank lost") for r in owed)
+        self.apply(WorkerReport(rank, results))
+
+    def reset(self) -> None:
+        """Forget every cached block, and what running requests computed so far."""
+        self.counters.num_dropped_blocks += self._pool.drop(self._pool.ready_keys())
+        for record in self._ledger.records():
+            record.doomed = True
+        for slot in self._slots.values():
+            slot.next_offload_tokens = NEVER
+            slot.stored.clear()
+
+    def _start_load(
+        self, slot: Slot, num_external_tokens: int, device_ids: Sequence[BlockId]
+    ) -> None:
+        start = slot.num_device_tokens // self._block_size
+        end = start + num_external_tokens // self._block_size
+        keys = slot.keys[start:end]
+        if (
+            num_external_tokens % self._block_size
+            or len(device_ids) < end
+            or len(keys) < end - start
+        ):
+            raise IllegalTransition(
+                f"request {slot.request_id} wants {num_external_tokens} tokens from block {start} "
+                f"loaded into {len(device_ids)} device blocks of {self._block_size} tokens"
+            )
+        targets = device_ids[start:end]
+        host_ids = self._pool.pin(keys)
+        try:
+            slot.move(SlotEvent.LOAD_STARTED)
+        except IllegalTransition:
+            self._pool.unpin(host_ids)
+            raise
+        self._queued_fences |= self._ledger.ops_on(targets)
+        op = self._ledger.open_onboard(slot.request_id, keys, host_ids, targets)
+        self._loading.update(dict.fromkeys(keys, op.op_id))
+        slot.op_ids.add(op.op_id)
+        slot.stored.update(keys)
+        self._queued_ops.append(op)
+
+    def _offload(
+        self,
+        slot: Slot,
+        num_tokens: int,
+        device_table: Callable[[RequestId], Sequence[BlockId]],
+    ) -> None:
+        start = slot.num_planned_blocks
+        end = min(num_tokens // self._block_size, len(slot.keys), self._last_block(slot))
+        if end <= start:
+            return
+        keys = slot.keys[start:end]
+        missing = [i for i, key in enumerate(keys, start) if key not in self._pool]
+        slot.stored.update(keys)
+        slot.num_planned_blocks = end
+        slot.next_offload_tokens = (end + 1) * self._block_size
+        if end == self._last_block(slot):
+            slot.next_offload_tokens = NEVER
+        if missing:
+            table = device_table(slot.request_id)
+            self._store(slot, [slot.keys[i] for i in missing], [table[i] for i in missing])
+
+    def _store(self, slot: Slot, keys: list[BlockHash], device_ids: list[BlockId]) -> None:
+        """Reserve and queue an offload; what does not fit ends the request's offloads,
+        since blocks beyond a gap could never be matched."""
+        host_ids, evicted = self._pool.reserve(keys, slot.stored.__contains__)
+        self.counters.num_evicted_blocks += len(evicted)
+        num_refused = len(keys) - len(host_ids)
+        if num_refused:
+            self.counters.num_refused_blocks += num_refused
+            slot.next_offload_tokens = NEVER
+        if host_ids:
+            kept = len(host_ids)
+            op = self._ledger.open_offload(
+                slot.request_id, keys[:kept], host_ids, device_ids[:kept]
+            )
+            slot.op_ids.add(op.op_id)
+            self._queued_ops.append(op)
+
+    def _end(self, record: OpRecord) -> None:
+        op, slot = record.op, self._slots[record.op.request_id]
+        self._count_end(record)
+        slot.op_ids.remove(op.op_id)
+        if op.is_onboard:
+            self._end_load(slot, record)
+        elif record.error or record.doomed:
+            self._pool.abort(record.keys)
+        else:
+            self._pool.commit(record.keys)
+        if slot.state is SlotState.DRAINING and not slot.op_ids:
+            slot.move(SlotEvent.DRAINED)
+            del self._slots[op.request_id]
+
+    def _end_load(self, slot: Slot, record: OpRecord) -> None:
+        self._pool.unpin(record.host_ids)
+        for key in record.keys:
+            if self._loading.get(key) == record.op.op_id:
+                del self._loading[key]
+        if record.error:
+            self.counters.num_dropped_blocks += self._pool.drop(record.keys)
+        slot.move(SlotEvent.LOAD_ENDED)
+
+    def _count_end(self, record: OpRecord) -> None:
+        route = self.counters.routes[record.op.route]
+        route.num_ops += 1
+        if record.error:
+            route.num_failed_ops += 1
+            logger.warning("%s: op %d failed, %s", record.op.route, record.op.op_id, record.error)
+        else:
+            route.num_blocks += len(record.op.src)
+            logger.debug(
+                "%s: op %d moved %d blocks for request %s",
+                record.op.route,
+                record.op.op_id,
+                len(record.op.src),
+                record.op.request_id,
+            )
+
+    def _last_block(self, slot: Slot) -> int:
+        if self._offload_generated_blocks:
+            return NEVER
+        return slot.num_prompt_tokens // self._block_size
+
+    def _take_plan(self, idle: bool) -> StepPlan:
+        plan = StepPlan(
+            ops=tuple(self._queued_ops),
+            fences=tuple(sorted(self._queued_fences)),
+            drain=tuple(self._queued_drains),
+            idle=idle and bool(self._ledger),
+        )
+        self.counters.num_fences += len(plan.fences)
+        self._queued_ops.clear()
+        self._queued_fences.clear()
+        self._queued_drains.clear()
+        return plan

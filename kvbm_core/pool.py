@@ -1,0 +1,167 @@
+"""The blocks of one tier: who holds which id, what may be matched, what may be evicted.
+
+    FREE ──reserve──▶ RESERVED ──commit──▶ READY ──evict, drop──▶ FREE
+      ▲                   └─────abort─────────────────────────────┘
+
+Lives here: ids, keys, pins. Does not live here: bytes, requests, ops.
+Invariant: every id is FREE, RESERVED or READY, exactly once. A RESERVED block never matches; a
+pinned block is never evicted or freed (one dropped while pinned stops matching at once and is
+freed with its last pin).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from kvbm_core.errors import IllegalTransition
+from kvbm_core.eviction.port import EvictionPolicy
+from kvbm_core.types import BlockHash, BlockId, Tier
+
+_FIRST_LOOK = 8
+
+
+def _keep_none(_: BlockHash) -> bool:
+    return False
+
+
+class BlockPool:
+    """Book-keeping of one tier; single-threaded, owned by the leader."""
+
+    def __init__(self, tier: Tier, num_blocks: int, policy: EvictionPolicy) -> None:
+        self.tier = tier
+        self.num_blocks = num_blocks
+        self._policy = policy
+        self._free: list[BlockId] = list(range(num_blocks - 1, -1, -1))
+        self._ready: dict[BlockHash, BlockId] = {}
+        self._reserved: dict[BlockHash, BlockId] = {}
+        self._pins: dict[BlockId, int] = {}
+        self._detached: set[BlockId] = set()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_reserved(self) -> int:
+        return len(self._reserved)
+
+    @property
+    def num_ready(self) -> int:
+        """READY ids, those that were dropped while pinned included."""
+        return len(self._ready) + len(self._detached)
+
+    @property
+    def num_pinned(self) -> int:
+        return len(self._pins)
+
+    def __contains__(self, key: BlockHash) -> bool:
+        """Whether the key is READY or on its way (RESERVED)."""
+        return key in self._ready or key in self._reserved
+
+    def is_ready(self, key: BlockHash) -> bool:
+        return key in self._ready
+
+    def ready_keys(self) -> list[BlockHash]:
+        return list(self._ready)
+
+    def match(self, keys: Sequence[BlockHash], start: int) -> int:
+        """How many of `keys[start:]` are READY without a gap.
+
+        Looks at keys in growing slices, so that a miss costs the first few of a lazy chain.
+        """
+        ready, index, step = self._ready, start, _FIRST_LOOK
+        while part := keys[index : index + step]:
+            for key in part:
+                if key not in ready:
+                    return index - start
+                index += 1
+            step *= 2
+        return index - start
+
+    def reserve(
+        self,
+        keys: Sequence[BlockHash],
+        keep: Callable[[BlockHash], bool] = _keep_none,
+    ) -> tuple[list[BlockId], list[BlockHash]]:
+        """Reserve ids for a leading part of `keys`; returns those ids and the keys evicted.
+
+        No key may be in the pool. Keys for which `keep` holds are not evicted for this.
+        """
+        for key in keys:
+            if key in self:
+                raise IllegalTransition(f"block {key.hex()[:16]} is already in {self.tier.value}")
+        evicted = self._evict(len(keys) - len(self._free), keep)
+        ids = [self._free.pop() for _ in range(min(len(keys), len(self._free)))]
+        self._reserved.update(zip(keys, ids, strict=False))
+        return ids, evicted
+
+    def commit(self, keys: Sequence[BlockHash]) -> None:
+        """RESERVED → READY: every rank has the bytes."""
+        for key in keys:
+            self._ready[key] = self._take_reserved(key)
+        self._policy.insert(reversed(keys))
+
+    def abort(self, keys: Iterable[BlockHash]) -> None:
+        """RESERVED → FREE: at least one rank has not."""
+        for key in keys:
+            self._free.append(self._take_reserved(key))
+
+    def pin(self, keys: Sequence[BlockHash]) -> list[BlockId]:
+        """Keep READY blocks until `unpin` of the ids returned; counts as a use."""
+        try:
+            ids = [self._ready[key] for key in keys]
+        except KeyError as error:
+            raise IllegalTransition(f"pin of a block not ready in {self.tier.value}") from error
+        pins = self._pins
+        for block_id in ids:
+            pins[block_id] = pins.get(block_id, 0) + 1
+        self._policy.touch(reversed(keys))
+        return ids
+
+    def unpin(self, ids: Iterable[BlockId]) -> None:
+        """Undo one `pin` of each id."""
+        for block_id in ids:
+            left = self._pins[block_id] - 1
+            if left:
+                self._pins[block_id] = left
+                continue
+            del self._pins[block_id]
+            if block_id in self._detached:
+                self._detached.remove(block_id)
+                self._free.append(block_id)
+
+    def touch(self, keys: Sequence[BlockHash]) -> None:
+        """Count a use of those of `keys` that are READY, tail before head."""
+        ready = self._ready
+        self._policy.touch([key for key in reversed(keys) if key in ready])
+
+    def drop(self, keys: Iterable[BlockHash]) -> int:
+        """READY → FREE for those of `keys` that are READY; returns how many."""
+        num_dropped = 0
+        for key in keys:
+            block_id = self._ready.pop(key, None)
+            if block_id is None:
+                continue
+            num_dropped += 1
+            self._policy.remove(key)
+            if block_id in self._pins:
+                self._detached.add(block_id)
+            else:
+                self._free.append(block_id)
+        return num_dropped
+
+    def _evict(self, count: int, keep: Callable[[BlockHash], bool]) -> list[BlockHash]:
+        if count <= 0:
+            return []
+        ready, pins = self._ready, self._pins
+        victims = self._policy.victims(count, lambda key: ready[key] in pins or keep(key))
+        self.drop(victims)
+        return victims
+
+    def _take_reserved(self, key: BlockHash) -> BlockId:
+        try:
+            return self._reserved.pop(key)
+        except KeyError:
+            raise IllegalTransition(
+                f"block {key.hex()[:16]} is not reserved in {self.tier.value}"
+            ) from None

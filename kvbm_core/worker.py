@@ -1,0 +1,119 @@
+"""One rank's worker: executes plans with a transfer engine and reports what ended.
+
+    begin → submit_onboards → submit_offloads → poll → take_…
+
+Lives here: the order of a step's effects, and which requests they concern.
+Does not live here: decisions, copies, engine types.
+Invariant: every op of a plan is reported exactly once; an onboard that failed names its device
+blocks no later than it is reported as received; a drained request has no offload in flight here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+
+from kvbm_core.transfer.port import TransferEngine
+from kvbm_core.types import BlockId, OpId, OpResult, RequestId, TransferOp
+from kvbm_core.wire import StepPlan, WorkerReport
+
+IDLE_WAIT_SECONDS = 0.002
+_NOTHING = StepPlan()
+
+
+class Worker:
+    """Used by one thread. Owns the transfer engine; `on_close` frees the memory under it."""
+
+    def __init__(
+        self,
+        rank: int,
+        transfer: TransferEngine,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.rank = rank
+        self._transfer = transfer
+        self._on_close = on_close
+        self._plan = _NOTHING
+        self._in_flight: dict[OpId, TransferOp] = {}
+        self._num_offloads: Counter[RequestId] = Counter()
+        self._draining: set[RequestId] = set()
+        self._received: set[RequestId] = set()
+        self._load_errors: set[BlockId] = set()
+        self._results: list[OpResult] = []
+
+    def begin(self, plan: StepPlan) -> None:
+        """Take a step's plan, and wait for its fences: call before the forward writes blocks."""
+        self._plan = plan
+        if plan.fences:
+            self._transfer.wait(plan.fences)
+        self._draining.update(plan.drain)
+
+    def submit_onboards(self) -> None:
+        for op in self._plan.ops:
+            if op.is_onboard:
+                self._submit(op)
+
+    def submit_offloads(self) -> None:
+        """Submit what reads the forward's blocks: call after it was launched."""
+        for op in self._plan.ops:
+            if not op.is_onboard:
+                self._num_offloads[op.request_id] += 1
+                self._submit(op)
+
+    def poll(self) -> None:
+        """Collect ops that ended; in a step without a forward, wait a moment for one."""
+        if not self._in_flight:
+            return
+        if self._plan.idle:
+            self._transfer.wait_any(IDLE_WAIT_SECONDS)
+        for result in self._transfer.poll():
+            self._end(self._in_flight.pop(result.op_id), result)
+            self._results.append(result)
+
+    def take_received(self) -> set[RequestId]:
+        """Requests whose load ended, well or not, since the last call."""
+        received, self._received = self._received, set()
+        return received
+
+    def take_drained(self) -> set[RequestId]:
+        """Requests the leader wants drained that have no offload left, since the last call."""
+        drained = {request for request in self._draining if request not in self._num_offloads}
+        self._draining -= drained
+        return drained
+
+    def take_load_errors(self) -> set[BlockId]:
+        """Device blocks that a failed load left without content, since the last call."""
+        errors, self._load_errors = self._load_errors, set()
+        return errors
+
+    def take_report(self) -> WorkerReport | None:
+        """Results since the last call; None without any."""
+        if not self._results:
+            return None
+        report = WorkerReport(self.rank, tuple(self._results))
+        self._results.clear()
+        return report
+
+    def fail_load(self, request_id: RequestId, device_ids: Collection[BlockId]) -> None:
+        """Report a load that the engine waits for and no op will do."""
+        self._received.add(request_id)
+        self._load_errors.update(device_ids)
+
+    def close(self) -> None:
+        """End copies in flight, then free the memory under them."""
+        self._transfer.close()
+        self._on_close()
+
+    def _submit(self, op: TransferOp) -> None:
+        self._in_flight[op.op_id] = op
+        self._transfer.submit(op)
+
+    def _end(self, op: TransferOp, result: OpResult) -> None:
+        if op.is_onboard:
+            self._received.add(op.request_id)
+            if not result.ok:
+                self._load_errors.update(op.dst.ids())
+            return
+        self._num_offloads[op.request_id] -= 1
+        if not self._num_offloads[op.request_id]:
+            del self._num_offloads[op.request_id]
