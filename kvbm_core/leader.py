@@ -67,10 +67,6 @@ class Leader:
     def has_slot(self, request_id: RequestId) -> bool:
         return request_id in self._slots
 
-    def is_loading(self, request_id: RequestId) -> bool:
-        slot = self._slots.get(request_id)
-        return slot is not None and slot.state is SlotState.LOADING
-
     def create_slot(
         self, request_id: RequestId, keys: Sequence[BlockHash], num_prompt_tokens: int
     ) -> None:
@@ -94,10 +90,9 @@ class Leader:
             slot.move(SlotEvent.PREEMPTED)
         slot.num_device_tokens = num_device_tokens
         start = num_device_tokens // self._block_size
-        num_blocks = self._pool.match(slot.keys, start)
-        if num_blocks and slot.keys[start] in self._loading:
+        if start < len(slot.keys) and slot.keys[start] in self._loading:
             return None
-        return num_blocks * self._block_size
+        return self._pool.match(slot.keys, start) * self._block_size
 
     def allocated(
         self,
@@ -130,12 +125,22 @@ class Leader:
         reissued: Iterable[BlockId] = (),
         idle: bool = False,
     ) -> StepPlan:
-        """The plan of one engine step.
+        """The plan of one engine step: `note_progress`, then `take_plan`."""
+        self.note_progress(progress, device_table, reissued)
+        return self.take_plan(idle=idle)
+
+    def note_progress(
+        self,
+        progress: Iterable[tuple[RequestId, int]],
+        device_table: Callable[[RequestId], Sequence[BlockId]],
+        reissued: Iterable[BlockId] = (),
+    ) -> None:
+        """Queue offloads of blocks that this step completes, and fences for blocks it rewrites.
 
         progress: for each scheduled request, the tokens whose KV exists once this step's forward
         is done. device_table: all device blocks of a scheduled request, asked only where a block
         became complete. reissued: device blocks that this step's forward writes for the first
-        time. idle: the step has no forward.
+        time.
         """
         self._queued_fences |= self._ledger.ops_on(reissued)
         slots = self._slots
@@ -143,7 +148,20 @@ class Leader:
             slot = slots.get(request_id)
             if slot is not None and num_tokens >= slot.next_offload_tokens:
                 self._offload(slot, num_tokens, device_table)
-        return self._take_plan(idle)
+
+    def take_plan(self, *, idle: bool = False) -> StepPlan:
+        """All that was queued since the last plan. idle: the step has no forward."""
+        plan = StepPlan(
+            ops=tuple(self._queued_ops),
+            fences=tuple(sorted(self._queued_fences)),
+            drain=tuple(self._queued_drains),
+            idle=idle and bool(self._ledger),
+        )
+        self.counters.num_fences += len(plan.fences)
+        self._queued_ops.clear()
+        self._queued_fences.clear()
+        self._queued_drains.clear()
+        return plan
 
     def finish(
         self, request_id: RequestId, num_computed_tokens: int, device_ids: Sequence[BlockId]
@@ -312,16 +330,3 @@ class Leader:
         if self._offload_generated_blocks:
             return NEVER
         return slot.num_prompt_tokens // self._block_size
-
-    def _take_plan(self, idle: bool) -> StepPlan:
-        plan = StepPlan(
-            ops=tuple(self._queued_ops),
-            fences=tuple(sorted(self._queued_fences)),
-            drain=tuple(self._queued_drains),
-            idle=idle and bool(self._ledger),
-        )
-        self.counters.num_fences += len(plan.fences)
-        self._queued_ops.clear()
-        self._queued_fences.clear()
-        self._queued_drains.clear()
-        return plan

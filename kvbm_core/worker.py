@@ -18,7 +18,6 @@ from kvbm_core.types import BlockId, OpId, OpResult, RequestId, TransferOp
 from kvbm_core.wire import StepPlan, WorkerReport
 
 IDLE_WAIT_SECONDS = 0.002
-_NOTHING = StepPlan()
 
 
 class Worker:
@@ -33,7 +32,9 @@ class Worker:
         self.rank = rank
         self._transfer = transfer
         self._on_close = on_close
-        self._plan = _NOTHING
+        self._is_idle_step = False
+        self._onboards: list[TransferOp] = []
+        self._offloads: list[TransferOp] = []
         self._in_flight: dict[OpId, TransferOp] = {}
         self._num_offloads: Counter[RequestId] = Counter()
         self._draining: set[RequestId] = set()
@@ -42,29 +43,41 @@ class Worker:
         self._results: list[OpResult] = []
 
     def begin(self, plan: StepPlan) -> None:
-        """Take a step's plan, and wait for its fences: call before the forward writes blocks."""
-        self._plan = plan
+        """Take a step's plan, and wait for its fences: call before the forward writes blocks.
+
+        Offloads count from here on: an engine may ask who is drained before it lets them be
+        submitted (vLLM with speculative decoding does), and may submit them in the next step.
+        """
+        self.submit_offloads()
+        self._is_idle_step = plan.idle
+        for op in plan.ops:
+            self._in_flight[op.op_id] = op
+            if op.is_onboard:
+                self._onboards.append(op)
+            else:
+                self._offloads.append(op)
+                self._num_offloads[op.request_id] += 1
+        self._draining.update(plan.drain)
         if plan.fences:
             self._transfer.wait(plan.fences)
-        self._draining.update(plan.drain)
 
     def submit_onboards(self) -> None:
-        for op in self._plan.ops:
-            if op.is_onboard:
-                self._submit(op)
+        """Submit what writes blocks that no forward uses yet."""
+        for op in self._onboards:
+            self._transfer.submit(op)
+        self._onboards.clear()
 
     def submit_offloads(self) -> None:
         """Submit what reads the forward's blocks: call after it was launched."""
-        for op in self._plan.ops:
-            if not op.is_onboard:
-                self._num_offloads[op.request_id] += 1
-                self._submit(op)
+        for op in self._offloads:
+            self._transfer.submit(op)
+        self._offloads.clear()
 
     def poll(self) -> None:
         """Collect ops that ended; in a step without a forward, wait a moment for one."""
         if not self._in_flight:
             return
-        if self._plan.idle:
+        if self._is_idle_step:
             self._transfer.wait_any(IDLE_WAIT_SECONDS)
         for result in self._transfer.poll():
             self._end(self._in_flight.pop(result.op_id), result)
@@ -103,10 +116,6 @@ class Worker:
         """End copies in flight, then free the memory under them."""
         self._transfer.close()
         self._on_close()
-
-    def _submit(self, op: TransferOp) -> None:
-        self._in_flight[op.op_id] = op
-        self._transfer.submit(op)
 
     def _end(self, op: TransferOp, result: OpResult) -> None:
         if op.is_onboard:

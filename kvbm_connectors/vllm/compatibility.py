@@ -11,6 +11,7 @@ logger = logging.getLogger(__name__)
 
 TESTED_VERSION = "0.32.0"
 SUPPORTED_VERSIONS = ("0.30", "0.31", "0.32")
+_SUPPORTED_SPECS = frozenset({"FullAttentionSpec", "MLAAttentionSpec"})
 _NEEDED_HOOKS = (
     "bind_kv_cache_manager",
     "build_connector_worker_meta",
@@ -49,7 +50,8 @@ def check_engine(vllm_config: Any, kv_cache_config: Any) -> None:
         if getattr(parallel, option, 1) > 1:
             problem = "context parallelism spreads a block over ranks, which is not supported"
             raise ConfigError(option, getattr(parallel, option), problem, "Set it to 1.")
-    num_groups = len(kv_cache_config.kv_cache_groups)
+    groups = kv_cache_config.kv_cache_groups
+    num_groups = len(groups)
     if num_groups != 1:
         raise ConfigError(
             "kv_cache_groups",
@@ -57,6 +59,16 @@ def check_engine(vllm_config: Any, kv_cache_config: Any) -> None:
             "models with several KV cache groups (hybrid, Mamba) are not supported",
             "Pass --disable-hybrid-kv-cache-manager where the model allows it.",
         )
+    spec = groups[0].kv_cache_spec
+    for layer_spec in getattr(spec, "kv_cache_specs", {"": spec}).values():
+        kind = type(layer_spec).__name__
+        if kind not in _SUPPORTED_SPECS:
+            raise ConfigError(
+                "kv_cache_spec",
+                kind,
+                "the engine may drop blocks of such a cache while a request runs",
+                "Serve this model without the connector.",
+            )
 
 
 def warn_about_policy(policy: str) -> None:

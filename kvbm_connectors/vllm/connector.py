@@ -163,5 +163,6 @@ def _worker_side(
         rank=get_pp_group().rank_in_group * get_tp_group().world_size
         + get_tp_group().rank_in_group,
         num_ranks=num_ranks,
-        ranks_per_node=max(1, num_ranks // max(1, getattr(parallel, "nnodes", 1))),
+        ranks_per_node=max(1, num_ranks // parallel.nnodes)
+        * max(1, parallel.data_parallel_size_local),
     )

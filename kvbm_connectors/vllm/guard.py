@@ -18,7 +18,7 @@ _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 def guarded(fallback: Callable[..., Any]) -> Callable[[_Hook], _Hook]:
     """Decorate a hook: what it raises is counted, logged once a hook, and answered by `fallback`.
 
-    fallback: called with the hook's own arguments.
+    fallback: called with the hook's own arguments; must not raise.
     """
 
     def decorate(hook: _Hook) -> _Hook:

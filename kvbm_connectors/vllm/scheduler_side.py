@@ -1,11 +1,14 @@
 """The scheduler's half of the connector: vLLM's hooks as calls of the Leader.
 
-Runs in the scheduler's process, on its thread. Invariant: no hook raises and none waits.
+Runs in the scheduler's process, on its thread. Invariant: no hook raises and none waits; once a
+hook that changes the leader has raised, the leader's books can't be trusted and the cache is off
+until restart: requests are served without it.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +26,7 @@ from kvbm_core.wire import decode_report, encode
 
 logger = logging.getLogger("kvbm_connectors.vllm")
 
+SUMMARY_SECONDS = 60.0
 _EMPTY = KvbmMetadata()
 
 
@@ -50,6 +54,14 @@ class SchedulerSide:
         self._engine_keys = engine_keys
         self._leader: Leader | None = None
         self._stranded: list[tuple[str, tuple[BlockId, ...]]] = []
+        self._is_off = False
+        self._last_summary = ""
+        self._next_summary_seconds = 0.0
+
+    @property
+    def is_off(self) -> bool:
+        """Whether an unexpected exception has switched the cache off."""
+        return self._is_off
 
     @property
     def leader(self) -> Leader:
@@ -74,82 +86,107 @@ class SchedulerSide:
             num_ranks=self._num_ranks,
         )
         self._announce(handshakes, num_host_blocks)
+        self._last_summary = self._leader.counters.summary()
+        self._next_summary_seconds = time.monotonic() + SUMMARY_SECONDS
 
     @guarded(lambda *_: (0, False))
     def match(self, request: Any, num_device_tokens: int) -> tuple[int | None, bool]:
-        if request.skip_reading_prefix_cache:
-            self._slot_of(request)
+        if self._is_off:
             return 0, False
-        self._slot_of(request)
+        if not self.leader.has_slot(request.request_id):
+            self._create_slot(request)
         num_tokens = self.leader.match(request.request_id, num_device_tokens)
+        if request.skip_reading_prefix_cache:
+            return 0, False
         return num_tokens, bool(num_tokens)
 
-    def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        device_ids = blocks.get_block_ids()[0]
-        self._allocated(request, device_ids, num_external_tokens)
-
-    def _strand(self, request: Any, device_ids: Sequence[BlockId], num_external: int) -> None:
+    def _strand(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """vLLM now waits for a load that will not start: have the workers fail it."""
-        if num_external:
-            self._stranded.append((request.request_id, tuple(device_ids)))
+        self._switch_off()
+        if num_external_tokens:
+            self._stranded.append((request.request_id, tuple(blocks.get_block_ids()[0])))
 
     @guarded(_strand)
-    def _allocated(self, request: Any, device_ids: Sequence[BlockId], num_external: int) -> None:
-        self._slot_of(request)
-        self.leader.allocated(request.request_id, num_external, device_ids)
+    def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if not self._is_off and self.leader.has_slot(request.request_id):
+            device_ids = blocks.get_block_ids()[0]
+            self.leader.allocated(request.request_id, num_external_tokens, device_ids)
 
-    @guarded(lambda side, _: KvbmMetadata(failed_loads=side.take_stranded()))
     def build_metadata(self, output: Any) -> KvbmMetadata:
-        leader = self.leader
-        state = output.kv_connector_block_state
-        plan = leader.plan_step(
-            translate.progress_of(output),
-            lambda request_id: state.get_block_ids(request_id)[0],
-            reissued=translate.reissued_by(output, self._block_size)
-            if leader.num_ops_in_flight
-            else (),
-            idle=not output.total_num_scheduled_tokens,
-        )
+        self._note_progress(output)
+        if time.monotonic() >= self._next_summary_seconds:
+            self._log_summary()
+        plan = self.leader.take_plan(idle=not output.total_num_scheduled_tokens)
         if not plan and not self._stranded:
             return _EMPTY
-        return KvbmMetadata(encode(plan) if plan else b"", self.take_stranded())
-
-    def take_stranded(self) -> tuple[tuple[str, tuple[BlockId, ...]], ...]:
         stranded, self._stranded = tuple(self._stranded), []
-        return stranded
+        return KvbmMetadata(encode(plan) if plan else b"", stranded)
 
-    @guarded(lambda *_: None)
+    def _switch_off(self, *_: Any) -> None:
+        if not self._is_off:
+            self._is_off = True
+            logger.error("the KV cache tiers are off until restart; serving goes on without them")
+
+    @guarded(_switch_off)
+    def _note_progress(self, output: Any) -> None:
+        if self._is_off:
+            return
+        leader, state = self.leader, output.kv_connector_block_state
+        # Which blocks are written for the first time matters only while ops are in flight.
+        is_busy = leader.num_ops_in_flight
+        leader.note_progress(
+            translate.progress_of(output),
+            lambda request_id: state.get_block_ids(request_id)[0],
+            translate.reissued_by(output, self._block_size) if is_busy else (),
+        )
+
+    @guarded(_switch_off)
     def apply(self, worker_metadata: Any) -> None:
         if isinstance(worker_metadata, KvbmWorkerMetadata):
             for payload in worker_metadata.reports:
                 self.leader.apply(decode_report(payload))
 
-    @guarded(lambda *_: False)
+    def _finish_without_leader(self, *_: Any) -> bool:
+        self._switch_off()
+        return False
+
+    @guarded(_finish_without_leader)
     def finish(self, request: Any, device_ids: Sequence[BlockId]) -> bool:
         """Whether vLLM must keep the request's device blocks until it is reported drained."""
+        if self._is_off:
+            return False
         return self.leader.finish(request.request_id, request.num_computed_tokens, device_ids)
 
-    @guarded(lambda *_: False)
     def has_work(self) -> bool:
-        return bool(self._stranded) or (self._leader is not None and self._leader.has_work())
+        if self._is_off or self._leader is None:
+            return bool(self._stranded)
+        return self._leader.has_work()
 
-    @guarded(lambda *_: False)
+    @guarded(_finish_without_leader)
     def reset(self) -> bool:
+        """Forget all blocks; False where that failed."""
         self.leader.reset()
         return True
 
     def close(self) -> None:
-        """Log the summary."""
+        """Log the summary; nothing may be asked of the leader any more."""
         if self._leader is not None:
-            self._leader.counters.num_hook_errors = sum(self.failed_hooks.values())
-            logger.info("kvbm summary: %s", self._leader.counters.summary())
+            self._log_summary()
             self._leader = None
 
-    def _slot_of(self, request: Any) -> None:
-        if not self.leader.has_slot(request.request_id):
-            self.leader.create_slot(
-                request.request_id, self._keys_of(request), request.num_prompt_tokens
-            )
+    def _log_summary(self) -> None:
+        """Say what changed; vLLM may be killed before it gets to `close`."""
+        counters = self.leader.counters
+        counters.num_hook_errors = sum(self.failed_hooks.values())
+        summary = counters.summary()
+        if summary != self._last_summary:
+            logger.info("kvbm summary: %s", summary)
+        self._last_summary = summary
+        self._next_summary_seconds = time.monotonic() + SUMMARY_SECONDS
+
+    def _create_slot(self, request: Any) -> None:
+        keys = self._keys_of(request)
+        self.leader.create_slot(request.request_id, keys, request.num_prompt_tokens)
 
     def _keys_of(self, request: Any) -> Sequence[BlockHash]:
         if self._engine_keys:
