@@ -1,4 +1,4 @@
-"""Engines shared by the end-to-end tests: they start side by side, each once a session."""
+"""Engines shared by the end-to-end tests: each starts once a session, when first asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.checkpoint import TINY, write_checkpoint
 from tests.e2e.engine import EngineProcess
+from tests.e2e.lora import RANK
 
 FAULTS = {"transfer_engine": "tests.faults:faulty_engine"}
 HOST_BLOCKS = {"cpu_cache_override_num_blocks": 400}
@@ -25,38 +26,33 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), TINY)
 
 
-@pytest.fixture(scope="session")
-def engines(checkpoint: Path) -> Iterator[dict[str, EngineProcess]]:
-    """plain: no connector. kvbm: defaults. faulty: faults on command. small: a host tier of
-    eight blocks, and our own block keys."""
-    started = {
-        "plain": EngineProcess(checkpoint, None),
-        "kvbm": EngineProcess(checkpoint, HOST_BLOCKS),
-        "small": EngineProcess(
-            checkpoint, {"cpu_cache_override_num_blocks": 8, "block_keys": "chain"}
-        ),
-        "faulty": EngineProcess(checkpoint, {**HOST_BLOCKS, **FAULTS}),
-    }
-    yield started
-    for engine in started.values():
+def started(engine: EngineProcess) -> Iterator[EngineProcess]:
+    try:
+        yield engine.wait_ready()
+    finally:
         engine.close()
 
 
 @pytest.fixture(scope="session")
-def plain(engines: dict[str, EngineProcess]) -> EngineProcess:
-    return engines["plain"].wait_ready()
+def plain(checkpoint: Path) -> Iterator[EngineProcess]:
+    """No connector: what the tokens must be."""
+    yield from started(EngineProcess(checkpoint, None))
 
 
 @pytest.fixture(scope="session")
-def kvbm(engines: dict[str, EngineProcess]) -> EngineProcess:
-    return engines["kvbm"].wait_ready()
+def kvbm(checkpoint: Path) -> Iterator[EngineProcess]:
+    yield from started(EngineProcess(checkpoint, HOST_BLOCKS))
 
 
 @pytest.fixture(scope="session")
-def faulty(engines: dict[str, EngineProcess]) -> EngineProcess:
-    return engines["faulty"].wait_ready()
+def faulty(checkpoint: Path) -> Iterator[EngineProcess]:
+    """Faults on command."""
+    yield from started(EngineProcess(checkpoint, {**HOST_BLOCKS, **FAULTS}))
 
 
 @pytest.fixture(scope="session")
-def small(engines: dict[str, EngineProcess]) -> EngineProcess:
-    return engines["small"].wait_ready()
+def small(checkpoint: Path) -> Iterator[EngineProcess]:
+    """A host tier of eight blocks, our own block keys, and LoRA."""
+    extra = {"cpu_cache_override_num_blocks": 8, "block_keys": "chain"}
+    options = {"enable_lora": True, "max_lora_rank": RANK}
+    yield from started(EngineProcess(checkpoint, extra, options=options))

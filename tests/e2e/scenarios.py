@@ -36,18 +36,24 @@ def prompt(seed: int, num_tokens: int) -> list[int]:
 
 
 def generate(
-    llm: Any, prompts: Sequence[Prompt], max_tokens: int = 8, salts: Sequence[str] = ()
+    llm: Any,
+    prompts: Sequence[Prompt],
+    max_tokens: int = 8,
+    salts: Sequence[str] = (),
+    adapter: str = "",
 ) -> Seen:
     """Greedy generation, all prompts submitted at once; waits until offloads have drained."""
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    lora = LoRARequest("adapter", 1, adapter) if adapter else None
     batch: list[dict[str, Any]] = [{"prompt_token_ids": list(tokens)} for tokens in prompts]
     for item, salt in zip(batch, salts, strict=False):
         item["cache_salt"] = salt
     before = _counts(llm)
     with _CountedPreemptions(llm) as preemptions:
-        outputs = llm.generate(batch, sampling, use_tqdm=False)
+        outputs = llm.generate(batch, sampling, use_tqdm=False, lora_request=lora)
         drain(llm)
     moved = {name: count - before[name] for name, count in _counts(llm).items()}
     return Seen(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.e2e import scenarios
 from tests.e2e.engine import BLOCK_SIZE, EngineProcess
+from tests.e2e.lora import write_adapter
 from tests.e2e.scenarios import prompt
 
 HOST_BLOCKS = 8
@@ -40,3 +43,15 @@ def test_our_own_keys_isolate_by_salt(plain: EngineProcess, small: EngineProcess
     assert small.run(scenarios.reset_device_cache)
     assert small.run(scenarios.generate, [first], 8, ["tenant b"]).num_matched_blocks == 0
     assert not any(small.run(scenarios.idle_state).values())
+
+
+def test_a_lora_adapter_isolates(small: EngineProcess, tmp_path: Path) -> None:
+    first, adapter = prompt(930, 6 * BLOCK_SIZE), str(write_adapter(tmp_path / "adapter"))
+    base = small.run(scenarios.generate, [first])
+    assert small.run(scenarios.reset_device_cache)
+    cold = small.run(scenarios.generate, [first], adapter=adapter)
+    assert (cold.num_matched_blocks, cold.num_offloaded_blocks) == (0, 6)
+    assert cold.tokens != base.tokens
+    assert small.run(scenarios.reset_device_cache)
+    warm = small.run(scenarios.generate, [first], adapter=adapter)
+    assert (warm.num_onboarded_blocks, warm.tokens) == (6, cold.tokens)
