@@ -128,7 +128,7 @@ def named(table: Mapping[str, Any], name: str, option: str) -> Any:
         return table[name]
     module, colon, attribute = name.partition(":")
     known = f"Give one of {', '.join(table)}, or module:Name."
-    if not colon:
+    if not (module and colon and attribute):
         raise ConfigError(option, name, "no built-in of that name", known)
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -20,7 +20,7 @@ import msgspec
 from kvbm_core.types import BlockHash
 
 KEY_BYTES = 32
-_CONTENT_MARK = b"\xff\xff\xff\xff"  # no token id: those stay below 2**31
+_CONTENT = b"kvbm-content"  # blake2b personalisation: no stream of tokens can imitate it
 
 
 class CacheNamespace(msgspec.Struct, frozen=True):
@@ -48,6 +48,8 @@ class CacheNamespace(msgspec.Struct, frozen=True):
 
 class PrefixChain(Sequence[BlockHash]):
     """Keys of a growing token sequence, computed as far as somebody looks.
+
+    Raises OverflowError at a token that is no u32.
 
     One running blake2b state with a digest at each block boundary: 1.3 µs a block of 16
     tokens, where chaining digests costs twice that. Length: complete blocks of `tokens` now.
@@ -78,9 +80,11 @@ class PrefixChain(Sequence[BlockHash]):
     def __getitem__(self, index: slice) -> list[BlockHash]: ...
     def __getitem__(self, index: int | slice) -> BlockHash | list[BlockHash]:
         if isinstance(index, slice):
-            _, stop, _ = index.indices(len(self))
-            self._extend(stop)
-            return self._keys[index.start : stop : index.step]
+            wanted = range(*index.indices(len(self)))
+            self._extend(max(wanted, default=-1) + 1)
+            if wanted.step == 1:
+                return self._keys[wanted.start : wanted.stop]
+            return [self._keys[i] for i in wanted]
         if not 0 <= index < len(self):
             raise IndexError(index)
         self._extend(index + 1)
@@ -94,10 +98,11 @@ class PrefixChain(Sequence[BlockHash]):
         packed = memoryview(_pack_tokens(self._tokens[start * size : num_blocks * size]))
         for offset in range(0, len(packed), size * 4):
             if content and (block_content := content.get(len(keys))) is not None:
-                state.update(_CONTENT_MARK + len(block_content).to_bytes(4, "little"))
-                state.update(block_content)
+                before = state.digest() + block_content
+                state = hashlib.blake2b(before, digest_size=KEY_BYTES, person=_CONTENT)
             state.update(packed[offset : offset + size * 4])
             keys.append(BlockHash(state.copy().digest()))
+        self._state = state
 
 
 def chain_hashes(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import combinations, product
 
 import msgspec
 
@@ -127,6 +127,25 @@ def check_layout(layout: KvLayout, region_bytes: Sequence[int]) -> None:
             )
         if plane.stride_bytes < plane.page_bytes:
             raise LayoutMismatch(f"pages of {plane} overlap")
+    for first, second in combinations(layout.planes, 2):
+        if first.region == second.region and _share_bytes(first, second, layout.num_device_blocks):
+            raise LayoutMismatch(f"{first} and {second} share bytes")
+
+
+def _share_bytes(first: Plane, second: Plane, num_blocks: int) -> bool:
+    """Whether any pages of two planes overlap; of unlike strides: whether they interleave."""
+    distance, stride = second.offset_bytes - first.offset_bytes, first.stride_bytes
+    if stride != second.stride_bytes:
+        span = num_blocks - 1
+        first_end = first.offset_bytes + span * stride + first.page_bytes
+        second_end = second.offset_bytes + span * second.stride_bytes + second.page_bytes
+        return first.offset_bytes < second_end and second.offset_bytes < first_end
+    nearest = (distance // stride, distance // stride + 1)  # blocks of `first` beside block 0
+    return any(
+        abs(blocks) < num_blocks
+        and -second.page_bytes < distance - blocks * stride < first.page_bytes
+        for blocks in nearest
+    )
 
 
 def _offsets(axes: Sequence[tuple[int, int]]) -> Iterator[int]:

@@ -13,16 +13,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from kvbm_core.errors import IllegalTransition
 from kvbm_core.ledger import OpLedger, OpRecord
-from kvbm_core.metrics import Counters
+from kvbm_core.metrics import Counters, RouteCounters
 from kvbm_core.pool import BlockPool
 from kvbm_core.slot import NEVER, Slot, SlotEvent, SlotState
 from kvbm_core.types import BlockHash, BlockId, OpId, OpResult, RequestId, TransferOp
 from kvbm_core.wire import StepPlan, WorkerReport
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _OffloadBatch:
+    """Blocks that requests completed in one step, with host blocks reserved for them."""
+
+    slots: list[Slot] = field(default_factory=list)
+    keys: list[BlockHash] = field(default_factory=list)
+    host_ids: list[BlockId] = field(default_factory=list)
+    device_ids: list[BlockId] = field(default_factory=list)
 
 
 class Leader:
@@ -143,11 +154,12 @@ class Leader:
         time.
         """
         self._queued_fences |= self._ledger.ops_on(reissued)
-        slots = self._slots
+        slots, batch = self._slots, _OffloadBatch()
         for request_id, num_tokens in progress:
             slot = slots.get(request_id)
             if slot is not None and num_tokens >= slot.next_offload_tokens:
-                self._offload(slot, num_tokens, device_table)
+                self._offload(slot, num_tokens, device_table, batch)
+        self._queue(batch)
 
     def take_plan(self, *, idle: bool = False) -> StepPlan:
         """All that was queued since the last plan. idle: the step has no forward."""
@@ -177,7 +189,9 @@ class Leader:
             return False
         is_loading = slot.state is SlotState.LOADING
         if slot.state is SlotState.RUNNING and num_computed_tokens >= slot.next_offload_tokens:
-            self._offload(slot, num_computed_tokens, lambda _: device_ids)
+            batch = _OffloadBatch()
+            self._offload(slot, num_computed_tokens, lambda _: device_ids, batch)
+            self._queue(batch)
         if not is_loading:
             self._pool.touch(slot.keys[: slot.num_planned_blocks])
         slot.move(SlotEvent.FINISHED_BUSY if slot.op_ids else SlotEvent.FINISHED_IDLE)
@@ -202,14 +216,22 @@ class Leader:
             route.num_bytes += result.num_bytes
             route.seconds += result.seconds
             if has_ended:
-                self._end(record)
+                self._end(record, route)
 
     def lose_rank(self, rank: int) -> None:
-        """A rank is gone and its memory with it: fail what it owed, forget what it held."""
+        """A rank is gone and its memory with it: fail what it owed, forget what it held.
+
+        Ops that no rank was sent yet are failed on all of them.
+        """
         self.reset()
-        owed = [record for record in self._ledger.records() if rank in record.pending_ranks]
-        results = tuple(OpResult(r.op.op_id, 0, 0.0, "rank lost") for r in owed)
-        self.apply(WorkerReport(rank, results))
+        unsent = {op.op_id for op in self._queued_ops}
+        self._queued_ops.clear()
+        for record in self._ledger.records():
+            is_unsent = record.op.op_id in unsent
+            result = OpResult(record.op.op_id, 0, 0.0, "rank lost")
+            for owing in sorted(record.pending_ranks):
+                if is_unsent or owing == rank:
+                    self.apply(WorkerReport(owing, (result,)))
 
     def reset(self) -> None:
         """Forget every cached block, and what running requests computed so far."""
@@ -243,7 +265,7 @@ class Leader:
             self._pool.unpin(host_ids)
             raise
         self._queued_fences |= self._ledger.ops_on(targets)
-        op = self._ledger.open_onboard(slot.request_id, keys, host_ids, targets)
+        op = self._ledger.open_onboard((slot.request_id,), keys, host_ids, targets)
         self._loading.update(dict.fromkeys(keys, op.op_id))
         slot.op_ids.add(op.op_id)
         slot.stored.update(keys)
@@ -254,13 +276,14 @@ class Leader:
         slot: Slot,
         num_tokens: int,
         device_table: Callable[[RequestId], Sequence[BlockId]],
+        batch: _OffloadBatch,
     ) -> None:
         start = slot.num_planned_blocks
         end = min(num_tokens // self._block_size, len(slot.keys), self._last_block(slot))
         if end <= start:
             return
         keys = slot.keys[start:end]
-        missing = [i for i, key in enumerate(keys, start) if key not in self._pool]
+        missing = self._pool.missing(keys)
         slot.stored.update(keys)
         slot.num_planned_blocks = end
         slot.next_offload_tokens = (end + 1) * self._block_size
@@ -268,11 +291,14 @@ class Leader:
             slot.next_offload_tokens = NEVER
         if missing:
             table = device_table(slot.request_id)
-            self._store(slot, [slot.keys[i] for i in missing], [table[i] for i in missing])
+            sources = [table[start + i] for i in missing]
+            self._reserve(slot, [keys[i] for i in missing], sources, batch)
 
-    def _store(self, slot: Slot, keys: list[BlockHash], device_ids: list[BlockId]) -> None:
-        """Reserve and queue an offload; what does not fit ends the request's offloads,
-        since blocks beyond a gap could never be matched."""
+    def _reserve(
+        self, slot: Slot, keys: list[BlockHash], sources: list[BlockId], batch: _OffloadBatch
+    ) -> None:
+        """Reserve host blocks; what does not fit ends the request's offloads, since blocks beyond
+        a gap could never be matched."""
         host_ids, evicted = self._pool.reserve(keys, slot.stored.__contains__)
         self.counters.num_evicted_blocks += len(evicted)
         num_refused = len(keys) - len(host_ids)
@@ -280,50 +306,61 @@ class Leader:
             self.counters.num_refused_blocks += num_refused
             slot.next_offload_tokens = NEVER
         if host_ids:
-            kept = len(host_ids)
-            op = self._ledger.open_offload(
-                slot.request_id, keys[:kept], host_ids, device_ids[:kept]
-            )
-            slot.op_ids.add(op.op_id)
-            self._queued_ops.append(op)
+            batch.slots.append(slot)
+            batch.keys += keys[: len(host_ids)]
+            batch.host_ids += host_ids
+            batch.device_ids += sources[: len(host_ids)]
 
-    def _end(self, record: OpRecord) -> None:
-        op, slot = record.op, self._slots[record.op.request_id]
-        self._count_end(record)
-        slot.op_ids.remove(op.op_id)
-        if op.is_onboard:
-            self._end_load(slot, record)
+    def _queue(self, batch: _OffloadBatch) -> None:
+        """One op for a step's offloads: an op costs more than a block of it."""
+        if not batch.slots:
+            return
+        request_ids = tuple([slot.request_id for slot in batch.slots])
+        op = self._ledger.open_offload(request_ids, batch.keys, batch.host_ids, batch.device_ids)
+        for slot in batch.slots:
+            slot.op_ids.add(op.op_id)
+        self._queued_ops.append(op)
+
+    def _end(self, record: OpRecord, route: RouteCounters) -> None:
+        self._count_end(record, route)
+        if record.op.is_onboard:
+            self._end_load(record)
         elif record.error or record.doomed:
             self._pool.abort(record.keys)
         else:
             self._pool.commit(record.keys)
-        if slot.state is SlotState.DRAINING and not slot.op_ids:
-            slot.move(SlotEvent.DRAINED)
-            del self._slots[op.request_id]
+        for request_id in record.op.request_ids:
+            slot = self._slots[request_id]
+            slot.op_ids.remove(record.op.op_id)
+            if slot.state is SlotState.DRAINING and not slot.op_ids:
+                slot.move(SlotEvent.DRAINED)
+                del self._slots[request_id]
 
-    def _end_load(self, slot: Slot, record: OpRecord) -> None:
+    def _end_load(self, record: OpRecord) -> None:
         self._pool.unpin(record.host_ids)
         for key in record.keys:
             if self._loading.get(key) == record.op.op_id:
                 del self._loading[key]
         if record.error:
             self.counters.num_dropped_blocks += self._pool.drop(record.keys)
-        slot.move(SlotEvent.LOAD_ENDED)
+        for request_id in record.op.request_ids:
+            self._slots[request_id].move(SlotEvent.LOAD_ENDED)
 
-    def _count_end(self, record: OpRecord) -> None:
-        route = self.counters.routes[record.op.route]
+    def _count_end(self, record: OpRecord, route: RouteCounters) -> None:
+        op = record.op
         route.num_ops += 1
         if record.error:
             route.num_failed_ops += 1
-            logger.warning("%s: op %d failed, %s", record.op.route, record.op.op_id, record.error)
-        else:
-            route.num_blocks += len(record.op.src)
+            logger.warning("%s: op %d failed, %s", op.route, op.op_id, record.error)
+            return
+        route.num_blocks += len(record.keys)
+        if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
-                "%s: op %d moved %d blocks for request %s",
-                record.op.route,
-                record.op.op_id,
-                len(record.op.src),
-                record.op.request_id,
+                "%s: op %d moved %d blocks for %s",
+                op.route,
+                op.op_id,
+                len(record.keys),
+                ", ".join(op.request_ids),
             )
 
     def _last_block(self, slot: Slot) -> int:

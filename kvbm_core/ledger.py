@@ -44,25 +44,25 @@ class OpLedger:
 
     def open_onboard(
         self,
-        request_id: RequestId,
+        request_ids: tuple[RequestId, ...],
         keys: Sequence[BlockHash],
         host_ids: Sequence[BlockId],
         device_ids: Sequence[BlockId],
     ) -> TransferOp:
         """Number and record an op from host to device."""
         src, dst = Blocks.of(Tier.HOST, host_ids), Blocks.of(Tier.DEVICE, device_ids)
-        return self._open(request_id, src, dst, keys, host_ids, device_ids)
+        return self._open(request_ids, src, dst, keys, host_ids, device_ids)
 
     def open_offload(
         self,
-        request_id: RequestId,
+        request_ids: tuple[RequestId, ...],
         keys: Sequence[BlockHash],
         host_ids: Sequence[BlockId],
         device_ids: Sequence[BlockId],
     ) -> TransferOp:
         """Number and record an op from device to host."""
         src, dst = Blocks.of(Tier.DEVICE, device_ids), Blocks.of(Tier.HOST, host_ids)
-        return self._open(request_id, src, dst, keys, host_ids, device_ids)
+        return self._open(request_ids, src, dst, keys, host_ids, device_ids)
 
     def ops_on(self, device_ids: Iterable[BlockId]) -> set[OpId]:
         """Ops in flight that read or write any of these device blocks."""
@@ -87,14 +87,14 @@ class OpLedger:
 
     def _open(
         self,
-        request_id: RequestId,
+        request_ids: tuple[RequestId, ...],
         src: Blocks,
         dst: Blocks,
         keys: Sequence[BlockHash],
         host_ids: Sequence[BlockId],
         device_ids: Sequence[BlockId],
     ) -> TransferOp:
-        op = TransferOp(self._next_op_id, request_id, src, dst)
+        op = TransferOp(self._next_op_id, request_ids, src, dst)
         self._next_op_id += 1
         ranks = set(range(self._num_ranks))
         self._records[op.op_id] = OpRecord(op, keys, host_ids, device_ids, ranks)

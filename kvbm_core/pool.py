@@ -78,6 +78,11 @@ class BlockPool:
             step *= 2
         return index - start
 
+    def missing(self, keys: Sequence[BlockHash]) -> list[int]:
+        """Indices of those of `keys` that are neither READY nor on their way."""
+        ready, reserved = self._ready, self._reserved
+        return [i for i, key in enumerate(keys) if key not in ready and key not in reserved]
+
     def reserve(
         self,
         keys: Sequence[BlockHash],
@@ -85,14 +90,18 @@ class BlockPool:
     ) -> tuple[list[BlockId], list[BlockHash]]:
         """Reserve ids for a leading part of `keys`; returns those ids and the keys evicted.
 
-        No key may be in the pool. Keys for which `keep` holds are not evicted for this.
+        No key may be in the pool, or twice in `keys`. Keys for which `keep` holds are not evicted
+        for this.
         """
+        ready, reserved = self._ready, self._reserved
         for key in keys:
-            if key in self:
+            if key in ready or key in reserved:
                 raise IllegalTransition(f"block {key.hex()[:16]} is already in {self.tier.value}")
+        if len(set(keys)) != len(keys):
+            raise IllegalTransition(f"{len(keys)} keys to reserve are not all different")
         evicted = self._evict(len(keys) - len(self._free), keep)
         ids = [self._free.pop() for _ in range(min(len(keys), len(self._free)))]
-        self._reserved.update(zip(keys, ids, strict=False))
+        reserved.update(zip(keys, ids, strict=False))
         return ids, evicted
 
     def commit(self, keys: Sequence[BlockHash]) -> None:

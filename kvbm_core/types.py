@@ -38,6 +38,9 @@ class Tier(str, Enum):
     REMOTE = "remote"
 
 
+_ROUTES = {(src, dst): f"{src.value}_to_{dst.value}" for src in Tier for dst in Tier}
+
+
 def pack_ids(ids: Iterable[BlockId]) -> bytes:
     """Pack block ids as little-endian u32."""
     packed = array("I", ids)
@@ -73,10 +76,13 @@ class Blocks(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TransferOp(msgspec.Struct, frozen=True, array_like=True):
-    """Copy `src[i]` to `dst[i]` for every i, on every rank, for one request."""
+    """Copy `src[i]` to `dst[i]` for every i, on every rank.
+
+    An onboard is for one request; an offload takes along what all requests completed in a step.
+    """
 
     op_id: OpId
-    request_id: RequestId
+    request_ids: tuple[RequestId, ...]
     src: Blocks
     dst: Blocks
 
@@ -87,7 +93,7 @@ class TransferOp(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def route(self) -> str:
-        return f"{self.src.tier.value}_to_{self.dst.tier.value}"
+        return _ROUTES[self.src.tier, self.dst.tier]
 
 
 class OpResult(msgspec.Struct, frozen=True, array_like=True):

@@ -56,7 +56,7 @@ class Worker:
                 self._onboards.append(op)
             else:
                 self._offloads.append(op)
-                self._num_offloads[op.request_id] += 1
+                self._num_offloads.update(op.request_ids)
         self._draining.update(plan.drain)
         if plan.fences:
             self._transfer.wait(plan.fences)
@@ -119,10 +119,11 @@ class Worker:
 
     def _end(self, op: TransferOp, result: OpResult) -> None:
         if op.is_onboard:
-            self._received.add(op.request_id)
+            self._received.update(op.request_ids)
             if not result.ok:
                 self._load_errors.update(op.dst.ids())
             return
-        self._num_offloads[op.request_id] -= 1
-        if not self._num_offloads[op.request_id]:
-            del self._num_offloads[op.request_id]
+        for request_id in op.request_ids:
+            self._num_offloads[request_id] -= 1
+            if not self._num_offloads[request_id]:
+                del self._num_offloads[request_id]

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from kvbm_core.errors import LayoutMismatch
 from kvbm_core.layout import KvLayout, check_layout
 from kvbm_core.types import BlockId, pack_ids
 
@@ -47,7 +48,7 @@ class NativeCopier:
     def __init__(
         self, layout: KvLayout, regions: Sequence[torch.Tensor], host: torch.Tensor
     ) -> None:
-        check_layout(layout, [region.numel() for region in regions])
+        _check_memory(layout, regions, host)
         self.block_bytes = layout.block_bytes
         self._num_device_blocks = layout.num_device_blocks
         self._num_host_blocks = host.shape[0]
@@ -82,7 +83,7 @@ class ForeachCopier:
     def __init__(
         self, layout: KvLayout, regions: Sequence[torch.Tensor], host: torch.Tensor
     ) -> None:
-        check_layout(layout, [region.numel() for region in regions])
+        _check_memory(layout, regions, host)
         self.block_bytes = layout.block_bytes
         self._num_device_blocks = layout.num_device_blocks
         self._num_host_blocks = host.shape[0]
@@ -103,14 +104,30 @@ class ForeachCopier:
     ) -> None:
         if len(device_ids) != len(host_ids):
             raise ValueError(f"{len(device_ids)} device ids for {len(host_ids)} host ids")
-        if max(device_ids) >= self._num_device_blocks or max(host_ids) >= self._num_host_blocks:
-            raise IndexError(f"a block id of {device_ids} or {host_ids} is too large")
+        _check_ids(device_ids, self._num_device_blocks)
+        _check_ids(host_ids, self._num_host_blocks)
+        if not device_ids:
+            return
         on_device = [pages[i] for pages, _ in self._pages for i in device_ids]
         on_host = [pages[i] for _, pages in self._pages for i in host_ids]
         if to_host:
             torch._foreach_copy_(on_host, on_device, non_blocking=True)
         else:
             torch._foreach_copy_(on_device, on_host, non_blocking=True)
+
+
+def _check_memory(layout: KvLayout, regions: Sequence[torch.Tensor], host: torch.Tensor) -> None:
+    check_layout(layout, [region.numel() for region in regions])
+    if host.ndim != 2 or host.shape[1] != layout.block_bytes or not host.is_contiguous():
+        raise LayoutMismatch(
+            f"host memory of shape {tuple(host.shape)} does not hold blocks of "
+            f"{layout.block_bytes} bytes"
+        )
+
+
+def _check_ids(ids: Sequence[BlockId], num_blocks: int) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < num_blocks:
+        raise IndexError(f"block ids {min(ids)} to {max(ids)} are not all below {num_blocks}")
 
 
 def cpu_copier(
@@ -120,7 +137,7 @@ def cpu_copier(
     if _copy is not None:
         return NativeCopier(layout, regions, host)
     logger.warning(
-        "kvbm_core was installed without its C extension: small blocks are copied at about half "
-        "the speed. Install a C compiler and reinstall kvbm-connectors."
+        "kvbm_core was installed without its C extension: copies are several times slower beside a "
+        "busy engine. Install a C compiler and reinstall kvbm-connectors."
     )
     return ForeachCopier(layout, regions, host)
