@@ -98,7 +98,8 @@ class PrefixChain(Sequence[BlockHash]):
         packed = memoryview(_pack_tokens(self._tokens[start * size : num_blocks * size]))
         for offset in range(0, len(packed), size * 4):
             if content and (block_content := content.get(len(keys))) is not None:
-                before = state.digest() + block_content
+                size_bytes = len(block_content).to_bytes(4, "little")
+                before = state.digest() + size_bytes + block_content
                 state = hashlib.blake2b(before, digest_size=KEY_BYTES, person=_CONTENT)
             state.update(packed[offset : offset + size * 4])
             keys.append(BlockHash(state.copy().digest()))

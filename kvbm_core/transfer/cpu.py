@@ -92,6 +92,8 @@ class CpuTransferEngine:
     def close(self) -> None:
         with self._changed:
             self._is_closing = True
+            for piece in (*self._onboards, *self._offloads):
+                self._end_piece(piece, "the engine was closed")
             self._onboards.clear()
             self._offloads.clear()
             self._changed.notify_all()
@@ -103,12 +105,7 @@ class CpuTransferEngine:
         while (piece := self._next_piece()) is not None:
             error = self._copy(piece)
             with self._changed:
-                flight = piece.of
-                flight.error = flight.error or error
-                flight.num_pieces_left -= 1
-                if not flight.num_pieces_left:
-                    self._end(flight)
-                    self._changed.notify_all()
+                self._end_piece(piece, error)
 
     def _next_piece(self) -> _Piece | None:
         with self._changed:
@@ -124,6 +121,14 @@ class CpuTransferEngine:
         except Exception as error:  # noqa: BLE001  boundary: a copy's error is its op's result
             return f"{type(error).__name__}: {error}"
         return ""
+
+    def _end_piece(self, piece: _Piece, error: str) -> None:
+        flight = piece.of
+        flight.error = flight.error or error
+        flight.num_pieces_left -= 1
+        if not flight.num_pieces_left:
+            self._end(flight)
+            self._changed.notify_all()
 
     def _end(self, flight: _OpInFlight) -> None:
         op = flight.op

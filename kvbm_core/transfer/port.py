@@ -29,4 +29,4 @@ class TransferEngine(Protocol):
         """Return when a result waits for `poll`, nothing is in flight, or after the time-out."""
 
     def close(self) -> None:
-        """Let ops in flight end, drop queued ones, free what `open` took."""
+        """Let copies that have begun end, fail the others, free what `open` took."""

@@ -1,0 +1,62 @@
+"""What must hold of the simulated engine and its leader after every call, and when idle."""
+
+from __future__ import annotations
+
+from kvbm_core.leader import Leader
+from kvbm_core.pool import BlockPool
+from kvbm_core.slot import SlotState
+from kvbm_core.types import BlockHash, BlockId, RequestId
+from tests.property.engine import Engine
+
+
+def check(engine: Engine) -> None:
+    """What holds always."""
+    check_conserved(engine.pool)
+    is_onboarding = any(mirror.op.is_onboard for mirror in engine.ops.values())
+    assert is_onboarding or not engine.pool.num_pinned
+    check_ready(engine)
+    for request in engine.requests:
+        assert engine.leader.has_slot(request.id)
+        assert is_loading(engine.leader, request.id) == (request.state == "loading")
+
+
+def check_idle(engine: Engine) -> None:
+    """Nothing is left of requests that are all done."""
+    pool, leader = engine.pool, engine.leader
+    assert (pool.num_pinned, pool.num_reserved) == (0, 0)
+    assert (leader.num_slots, leader.num_ops_in_flight) == (0, 0)
+    assert not engine.held, "the engine was never told to free these"
+    assert not engine.ops
+    assert engine.device.num_free == engine.device.num_blocks
+    num_ended = sum(route.num_ops for route in leader.counters.routes.values())
+    assert num_ended == engine.num_ended_ops
+    assert engine.num_lost or not leader.counters.num_bad_reports
+    check(engine)
+
+
+def check_conserved(pool: BlockPool) -> None:
+    """Every id is FREE, RESERVED or READY, exactly once."""
+    ids = [*pool._free, *pool._reserved.values(), *pool._ready.values(), *pool._detached]
+    assert sorted(ids) == list(range(pool.num_blocks))
+    assert pool.num_free + pool.num_reserved + pool.num_ready == pool.num_blocks
+
+
+def check_ready(engine: Engine) -> None:
+    """A READY block holds the right bytes on every rank."""
+    for key, host_id in ready_blocks(engine.pool).items():
+        content = (engine.epoch, engine.contents_of_key[key])
+        for rank in engine.ranks:
+            assert rank.host(host_id) == content, (
+                f"host block {host_id} is READY, but rank {rank.index} has "
+                f"{rank.host(host_id)}, not {content}"
+            )
+
+
+def is_loading(leader: Leader, request_id: RequestId) -> bool:
+    """Whether an onboard of that request is in flight, as the leader sees it."""
+    return leader._slots[request_id].state is SlotState.LOADING
+
+
+def ready_blocks(pool: BlockPool) -> dict[BlockHash, BlockId]:
+    """READY keys with their ids; reads the pool's own map, since a pin would count as a use."""
+    return dict(pool._ready)

@@ -1,0 +1,79 @@
+"""What the simulated engine knows of a request and of an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvbm_core.hashing import PrefixChain
+from kvbm_core.leader import Leader
+from kvbm_core.pool import BlockPool
+from kvbm_core.types import BlockId, RequestId, TransferOp
+from kvbm_core.worker import Worker
+from tests.property.cluster import Content, Write
+
+BLOCK_SIZE = 2
+
+
+def blocks_for(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the engine is built from; a planted fault replaces one."""
+
+    pool: Callable[..., BlockPool] = BlockPool
+    leader: Callable[..., Leader] = Leader
+    worker: Callable[..., Worker] = Worker
+
+
+@dataclass
+class Request:
+    """state: waiting, loading, loaded (may be scheduled), running, done."""
+
+    id: RequestId
+    tokens: list[int]
+    num_left: int
+    keys: PrefixChain = field(init=False)
+    state: str = "waiting"
+    table: list[BlockId] = field(default_factory=list)
+    num_computed: int = 0
+    num_hits: int = 0
+    epoch: int = 0
+    is_new: bool = True
+    bad_blocks: set[int] = field(default_factory=set)
+    loading_ranks: set[int] = field(default_factory=set)
+    draining_ranks: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.keys = PrefixChain(b"root", self.tokens, BLOCK_SIZE)
+
+    def content(self, num_tokens: int) -> Content:
+        return self.epoch, tuple(self.tokens[:num_tokens])
+
+    def full_contents(self, num_tokens: int) -> list[Content]:
+        """Contents of the complete blocks among the first `num_tokens`."""
+        return [self.content((i + 1) * BLOCK_SIZE) for i in range(num_tokens // BLOCK_SIZE)]
+
+    def write(self, end: int) -> Write:
+        """The forward's part up to `end` tokens: what must be there, and what it leaves."""
+        start, table = self.num_computed, self.table
+        reads = list(zip(table, self.full_contents(start), strict=False))
+        if start % BLOCK_SIZE:
+            reads.append((table[start // BLOCK_SIZE], self.content(start)))
+        writes = [
+            (table[i], self.content(min(end, (i + 1) * BLOCK_SIZE)))
+            for i in range(start // BLOCK_SIZE, blocks_for(end))
+        ]
+        return Write(tuple(reads), tuple(writes))
+
+
+@dataclass
+class OpMirror:
+    """The engine's own record of an op, to compare with the leader's."""
+
+    op: TransferOp
+    contents: list[Content]
+    owed: set[int]
+    failed: bool = False

@@ -1,0 +1,14 @@
+"""The leader with its workers under every order of events: never a wrong token, nothing left."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.property.leader_machine import LeaderMachine
+
+
+def test_no_order_of_events_gives_a_wrong_token_or_leaves_something_behind() -> None:
+    run_state_machine_as_test(
+        LeaderMachine, settings=settings(max_examples=80, stateful_step_count=50)
+    )

@@ -1,0 +1,64 @@
+"""Each planted fault is noticed by the machine of `test_leader`; the seed is fixed, so always."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from kvbm_core.errors import KvbmError
+from tests.property import faulty
+from tests.property.leader_machine import LeaderMachine
+from tests.property.requests import Parts
+
+SEARCH = settings(
+    max_examples=2000,
+    stateful_step_count=40,
+    phases=[Phase.generate],
+    derandomize=True,
+    database=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+FAULTS = [
+    Parts(pool=faulty.MatchesReserved),
+    Parts(pool=faulty.FreesPinned),
+    Parts(pool=faulty.LeaksOnAbort),
+    Parts(pool=faulty.NeverUnpins),
+    Parts(pool=faulty.NeverDrops),
+    Parts(leader=faulty.CommitsOnFirstRank),
+    Parts(leader=faulty.ForgetsFences),
+    Parts(leader=faulty.CommitsFailures),
+    Parts(leader=faulty.FreesUnderOffloads),
+    Parts(leader=faulty.ForgetsDrains),
+    Parts(leader=faulty.KeepsOldWeights),
+    Parts(leader=faulty.KeepsBlocksOfLostRanks),
+    Parts(leader=faulty.WaitsForLostRanks),
+    Parts(leader=faulty.LoadsTwice),
+    Parts(leader=faulty.NeverStopsWaiting),
+    Parts(leader=faulty.StoresTooEarly),
+    Parts(leader=faulty.LoadsOneBlockLate),
+    Parts(worker=faulty.SkipsFences),
+    Parts(worker=faulty.DrainsAtOnce),
+    Parts(worker=faulty.HidesLoadErrors),
+    Parts(worker=faulty.ReportsEarly),
+    Parts(worker=faulty.ReportsTwice),
+    Parts(worker=faulty.LosesReports),
+]
+
+
+def _name(parts: Parts) -> str:
+    return next(
+        part.__name__ for part in vars(parts).values() if part.__module__ == faulty.__name__
+    )
+
+
+@pytest.mark.parametrize("parts", FAULTS, ids=_name)
+def test_the_machine_notices(parts: Parts) -> None:
+    class Faulty(LeaderMachine):
+        pass
+
+    Faulty.parts = parts
+    with pytest.raises((AssertionError, KvbmError, KeyError)):
+        run_state_machine_as_test(Faulty, settings=SEARCH)

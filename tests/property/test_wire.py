@@ -1,0 +1,117 @@
+"""What was encoded is decoded as it was; anything else is refused with WireError."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvbm_core.errors import WireError
+from kvbm_core.types import Blocks, OpResult, Tier, TransferOp, pack_ids, unpack_ids
+from kvbm_core.wire import StepPlan, WorkerReport, decode_plan, decode_report, encode
+
+IDS = st.lists(st.integers(0, 2**32 - 1), max_size=6)
+NUMBERS = st.integers(0, 2**63 - 1)
+
+
+PAIRS = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+NAMES = st.lists(st.text(max_size=8), max_size=3).map(tuple)
+ROUTES = [(src, dst) for src in Tier for dst in Tier if src is not dst]
+
+
+@st.composite
+def ops(draw: st.DrawFn) -> TransferOp:
+    src, dst = draw(st.sampled_from(ROUTES))
+    pairs = draw(st.lists(PAIRS, max_size=3))
+    return TransferOp(
+        draw(NUMBERS),
+        draw(NAMES),
+        Blocks.of(src, [a for a, _ in pairs]),
+        Blocks.of(dst, [b for _, b in pairs]),
+    )
+
+
+PLANS = st.builds(
+    StepPlan,
+    ops=st.lists(ops(), max_size=3).map(tuple),
+    fences=st.lists(NUMBERS, max_size=3).map(tuple),
+    drain=st.lists(st.text(max_size=8), max_size=3).map(tuple),
+    idle=st.booleans(),
+)
+RESULTS = st.builds(OpResult, NUMBERS, NUMBERS, st.floats(allow_nan=False), st.text(max_size=8))
+REPORTS = st.builds(WorkerReport, NUMBERS, st.lists(RESULTS, max_size=3).map(tuple))
+DECODERS = pytest.mark.parametrize("decode", [decode_plan, decode_report])
+
+
+@given(PLANS)
+def test_a_plan_survives_the_wire(plan: StepPlan) -> None:
+    assert decode_plan(encode(plan)) == plan
+
+
+@given(REPORTS)
+def test_a_report_survives_the_wire(report: WorkerReport) -> None:
+    assert decode_report(encode(report)) == report
+
+
+@given(IDS)
+def test_packed_ids_survive(ids: list[int]) -> None:
+    assert list(unpack_ids(pack_ids(ids))) == ids
+    assert len(Blocks.of(Tier.HOST, ids)) == len(ids)
+
+
+@DECODERS
+@given(data=st.binary(max_size=80))
+def test_random_bytes_decode_or_raise_wire_error(
+    decode: Callable[[bytes], object], data: bytes
+) -> None:
+    _decodes_or_refuses(decode, data)
+
+
+@DECODERS
+@given(
+    message=st.one_of(PLANS, REPORTS),
+    places=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4),
+    cut=st.integers(0, 20),
+)
+def test_mutated_messages_decode_or_raise_wire_error(
+    decode: Callable[[bytes], object],
+    message: StepPlan | WorkerReport,
+    places: list[tuple[int, int]],
+    cut: int,
+) -> None:
+    data = bytearray(encode(message))
+    for place, byte in places:
+        data[place % len(data)] = byte
+    _decodes_or_refuses(decode, bytes(data[: len(data) - cut]))
+
+
+MSGPACK = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats())
+    | st.text(max_size=4)
+    | st.binary(max_size=8),
+    lambda inner: st.lists(inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@DECODERS
+@given(value=st.lists(MSGPACK, max_size=6).map(lambda rest: [1, *rest]))
+def test_other_msgpack_decodes_or_raises_wire_error(
+    decode: Callable[[bytes], object], value: object
+) -> None:
+    _decodes_or_refuses(decode, msgspec.msgpack.encode(value))
+
+
+def _decodes_or_refuses(decode: Callable[[bytes], object], data: bytes) -> None:
+    """What is accepted is usable: its ids unpack, and it can be sent on."""
+    try:
+        message = decode(data)
+    except WireError:
+        return
+    assert isinstance(message, StepPlan | WorkerReport)
+    for op in getattr(message, "ops", ()):
+        assert len(op.src.ids()) == len(op.dst.ids())
+    assert decode(encode(message)) is not None

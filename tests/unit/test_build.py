@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvbm_core import host_memory
+from kvbm_core.build import ENGINES, build_leader, build_worker, count_host_blocks, named
+from kvbm_core.config import KvbmConfig
+from kvbm_core.errors import ConfigError
+from kvbm_core.eviction import POLICIES, Lru
+from kvbm_core.transfer.cpu import CpuTransferEngine
+from kvbm_core.types import Blocks, Tier, TransferOp
+from kvbm_core.wire import StepPlan
+from tests.unit.tensors import NUM_BLOCKS, cpu
+
+GB = 10**9
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of 16 GB with 8 GB free."""
+    monkeypatch.setattr(host_memory, "total_bytes", lambda: 16 * GB)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 8 * GB)
+
+
+def count(block_bytes: int = 10**6, num_ranks: int = 1, **options: Any) -> int:
+    config = KvbmConfig.load(env={}, options=options)
+    return count_host_blocks(
+        config, block_bytes=block_bytes, num_ranks=num_ranks, ranks_per_node=num_ranks
+    )
+
+
+def test_a_built_in_is_found_by_name() -> None:
+    assert named(POLICIES, "lru", "eviction_policy") is Lru
+
+
+def test_anything_is_found_by_its_path() -> None:
+    found = named(POLICIES, "kvbm_core.transfer.cpu:CpuTransferEngine", "transfer_engine")
+    assert found is CpuTransferEngine
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("lrru", "no built-in of that name"),
+        ("no_such_module:Lru", "cannot be imported"),
+        ("kvbm_core.eviction:NoSuchPolicy", "cannot be imported"),
+    ],
+)
+def test_a_name_of_nothing_is_refused(name: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        named(POLICIES, name, "eviction_policy")
+    assert "Give one of lru, or module:Name." in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [":Lru", "kvbm_core.eviction:"])
+def test_half_a_path_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError):
+        named(POLICIES, name, "eviction_policy")
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_size_is_shared_by_all_ranks() -> None:
+    assert count(cpu_cache_gb=4) == 4000
+    assert count(cpu_cache_gb=4, num_ranks=4) == 1000
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_number_of_blocks_wins_over_a_size() -> None:
+    assert count(cpu_cache_gb=4, cpu_cache_override_num_blocks=7) == 7
+
+
+@pytest.mark.usefixtures("memory")
+def test_without_a_size_a_share_of_free_memory_is_taken() -> None:
+    assert count() == 2000
+    assert count(num_ranks=2) == 1000
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("options", [{"cpu_cache_gb": 9}, {"cpu_cache_override_num_blocks": 8001}])
+def test_more_than_the_machine_has_is_refused_with_both_numbers(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"16\.00 GB, of which 8\.00 GB are free") as caught:
+        count(**options)
+    assert caught.value.option == next(iter(options))
+
+
+@pytest.mark.usefixtures("memory")
+def test_ranks_that_fit_one_by_one_but_not_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"needs 24\.00 GB"):
+        count(cpu_cache_gb=24, num_ranks=4)
+
+
+@pytest.mark.usefixtures("memory")
+def test_less_than_one_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match="less than one block of 1000000 bytes"):
+        count(cpu_cache_gb=0.0005)
+
+
+def test_a_leader_is_built_as_the_config_says() -> None:
+    leader = build_leader(KvbmConfig(), num_host_blocks=5, block_size=4, num_ranks=3)
+    assert (leader.pool.num_blocks, leader.pool.tier, leader.num_ranks) == (5, Tier.HOST, 3)
+
+
+def test_an_unknown_policy_or_engine_is_refused_when_built() -> None:
+    with pytest.raises(ConfigError, match="eviction_policy"):
+        build_leader(
+            KvbmConfig(eviction_policy="none"), num_host_blocks=1, block_size=4, num_ranks=1
+        )
+    cache = cpu()
+    with pytest.raises(ConfigError, match="transfer_engine"):
+        build_worker(
+            KvbmConfig(transfer_engine="none"),
+            cache.layout,
+            cache.regions,
+            rank=0,
+            num_host_blocks=2,
+        )
+
+
+def test_every_built_in_engine_is_for_a_kind_of_device() -> None:
+    assert set(ENGINES) == {"cpu", "cuda"}
+
+
+def test_a_built_worker_moves_real_bytes_there_and_back() -> None:
+    cache = cpu()
+    before = [layer.clone() for layer in cache.layers]
+    worker = build_worker(
+        KvbmConfig(), cache.layout, cache.regions, rank=0, num_host_blocks=NUM_BLOCKS
+    )
+    device, host = Blocks.of(Tier.DEVICE, [0, 5]), Blocks.of(Tier.HOST, [3, 1])
+    _run(worker, TransferOp(1, ("r",), device, host))
+    for layer in cache.layers:
+        layer[[0, 5]] = 0
+    _run(worker, TransferOp(2, ("r",), host, device))
+    worker.close()
+    assert all(map(torch.equal, cache.layers, before))
+
+
+def _run(worker: Any, op: TransferOp) -> None:
+    worker.begin(StepPlan(ops=(op,)))
+    worker.submit_onboards()
+    worker.submit_offloads()
+    worker.begin(StepPlan(fences=(op.op_id,)))
+    worker.poll()
+    report = worker.take_report()
+    assert [result.op_id for result in report.results if result.ok] == [op.op_id]

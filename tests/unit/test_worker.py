@@ -1,0 +1,148 @@
+"""A worker over an engine whose ops end when the test says so."""
+
+from __future__ import annotations
+
+from kvbm_core.types import Blocks, Tier, TransferOp
+from kvbm_core.wire import StepPlan
+from kvbm_core.worker import Worker
+from tests.property.cluster import ModelTransfer
+
+
+def load(op_id: int, name: str = "a", *device_ids: int) -> TransferOp:
+    return TransferOp(
+        op_id, (name,), Blocks.of(Tier.HOST, device_ids), Blocks.of(Tier.DEVICE, device_ids)
+    )
+
+
+def offload(op_id: int, name: str = "a", *device_ids: int) -> TransferOp:
+    return TransferOp(
+        op_id, (name,), Blocks.of(Tier.DEVICE, device_ids), Blocks.of(Tier.HOST, device_ids)
+    )
+
+
+def started(*ops: TransferOp) -> tuple[Worker, ModelTransfer]:
+    transfer = ModelTransfer()
+    worker = Worker(0, transfer)
+    step(worker, StepPlan(ops=ops))
+    return worker, transfer
+
+
+def step(worker: Worker, plan: StepPlan) -> None:
+    worker.begin(plan)
+    worker.submit_onboards()
+    worker.submit_offloads()
+    worker.poll()
+
+
+def test_onboards_and_offloads_are_submitted_when_each_is_called_for() -> None:
+    transfer = ModelTransfer()
+    worker = Worker(0, transfer)
+    worker.begin(StepPlan(ops=(offload(1, "a", 1), load(2, "b", 2))))
+    assert transfer.op_ids == []
+    worker.submit_onboards()
+    assert transfer.op_ids == [2]
+    worker.submit_offloads()
+    assert transfer.op_ids == [2, 1]
+
+
+def test_nothing_is_reported_before_an_op_ended() -> None:
+    worker, _ = started(load(1, "a", 1))
+    assert worker.take_report() is None
+    assert worker.take_received() == set()
+
+
+def test_an_ended_op_is_reported_once() -> None:
+    worker, transfer = started(load(1, "a", 1))
+    transfer.move(1, 1)
+    worker.poll()
+    report = worker.take_report()
+    assert report is not None
+    assert [result.op_id for result in report.results] == [1]
+    assert worker.take_report() is None
+
+
+def test_a_load_that_ended_is_received_once() -> None:
+    worker, transfer = started(load(1, "a", 1))
+    transfer.move(1, 1)
+    worker.poll()
+    assert (worker.take_received(), worker.take_received()) == ({"a"}, set())
+    assert worker.take_load_errors() == set()
+
+
+def test_a_failed_load_is_received_with_its_blocks_as_errors() -> None:
+    worker, transfer = started(load(1, "a", 4, 5))
+    transfer.fail(1)
+    worker.poll()
+    assert worker.take_load_errors() == {4, 5}
+    assert worker.take_load_errors() == set()
+    assert worker.take_received() == {"a"}
+
+
+def test_a_failed_offload_leaves_no_load_errors() -> None:
+    worker, transfer = started(offload(1, "a", 4))
+    transfer.fail(1)
+    worker.poll()
+    assert (worker.take_load_errors(), worker.take_received()) == (set(), set())
+
+
+def test_fences_have_ended_when_the_step_begins() -> None:
+    worker, transfer = started(offload(1, "a", 4), offload(2, "b", 5))
+    worker.begin(StepPlan(fences=(1,)))
+    assert transfer.op_ids == [2]
+
+
+def test_a_request_is_drained_when_its_last_offload_ended() -> None:
+    worker, transfer = started(offload(1, "a", 4), offload(2, "a", 5))
+    step(worker, StepPlan(drain=("a",)))
+    transfer.move(1, 1)
+    worker.poll()
+    assert worker.take_drained() == set()
+    transfer.fail(2)
+    worker.poll()
+    assert (worker.take_drained(), worker.take_drained()) == ({"a"}, set())
+
+
+def test_a_request_whose_offload_comes_with_its_drain_is_not_drained_before() -> None:
+    worker, transfer = started()
+    step(worker, StepPlan(ops=(offload(1, "a", 4),), drain=("a",)))
+    assert worker.take_drained() == set()
+    transfer.move(1, 1)
+    worker.poll()
+    assert worker.take_drained() == {"a"}
+
+
+def test_a_request_without_offloads_is_drained_at_once() -> None:
+    worker, _ = started(load(1, "a", 4))
+    step(worker, StepPlan(drain=("a",)))
+    assert worker.take_drained() == {"a"}
+
+
+def test_a_request_that_nobody_waits_for_is_not_drained() -> None:
+    worker, transfer = started(offload(1, "a", 4))
+    transfer.move(1, 1)
+    worker.poll()
+    assert worker.take_drained() == set()
+
+
+def test_a_plan_is_executed_once() -> None:
+    worker, transfer = started(offload(1, "a", 4))
+    transfer.move(1, 1)
+    step(worker, StepPlan())
+    assert transfer.op_ids == []
+
+
+def test_a_load_that_no_op_will_do_can_be_failed() -> None:
+    worker, _ = started()
+    worker.fail_load("a", [1, 2])
+    assert (worker.take_received(), worker.take_load_errors()) == ({"a"}, {1, 2})
+
+
+def test_close_ends_the_engine_before_the_memory_goes() -> None:
+    order: list[str] = []
+
+    class Watched(ModelTransfer):
+        def close(self) -> None:
+            order.append("engine")
+
+    Worker(0, Watched(), lambda: order.append("memory")).close()
+    assert order == ["engine", "memory"]
