@@ -41,15 +41,13 @@ class DynamoConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         config = KvbmConfig.load(env=os.environ, options=transfer.kv_connector_extra_config)
         logs.configure(config.log_level)
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
             compatibility.warn_about_policy(transfer.kv_load_failure_policy)
-            self._scheduler = _scheduler_side(config, vllm_config, block_size)
+            self._scheduler = _scheduler_side(config, vllm_config, kv_cache_config)
         else:
-            num_blocks = kv_cache_config.num_blocks
-            self._worker = _worker_side(config, vllm_config, block_size, num_blocks)
+            self._worker = _worker_side(config, vllm_config, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -140,29 +138,35 @@ class DynamoConnector(KVConnectorBase_V1):
             self._worker.close()
 
 
-def _scheduler_side(config: KvbmConfig, vllm_config: Any, block_size: int) -> SchedulerSide:
-    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+def _scheduler_side(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
+    block_size = _block_size(kv_cache_config)
+    hash_block_size = getattr(kv_cache_config, "hash_block_size", None) or block_size
     return SchedulerSide(
         config,
         block_size=block_size,
         num_ranks=vllm_config.parallel_config.world_size,
         namespace=translate.namespace_of(vllm_config, block_size),
-        engine_keys=translate.uses_engine_keys(config.block_keys, algorithm),
+        engine_keys=translate.uses_engine_keys(
+            config.block_keys,
+            vllm_config.cache_config.prefix_caching_hash_algo,
+            is_a_hash_a_block=hash_block_size == block_size,
+        ),
     )
 
 
-def _worker_side(
-    config: KvbmConfig, vllm_config: Any, block_size: int, num_device_blocks: int
-) -> WorkerSide:
+def _worker_side(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> WorkerSide:
     parallel = vllm_config.parallel_config
-    num_ranks = parallel.world_size
+    tensor, pipeline = get_tp_group(), get_pp_group()
+    engines_per_node = max(1, parallel.data_parallel_size_local)
     return WorkerSide(
         config,
-        block_size=block_size,
-        num_device_blocks=num_device_blocks,
-        rank=get_pp_group().rank_in_group * get_tp_group().world_size
-        + get_tp_group().rank_in_group,
-        num_ranks=num_ranks,
-        ranks_per_node=max(1, num_ranks // parallel.nnodes)
-        * max(1, parallel.data_parallel_size_local),
+        block_size=_block_size(kv_cache_config),
+        num_device_blocks=kv_cache_config.num_blocks,
+        rank=pipeline.rank_in_group * tensor.world_size + tensor.rank_in_group,
+        num_ranks=parallel.world_size,
+        ranks_per_node=max(1, parallel.world_size // parallel.nnodes) * engines_per_node,
     )
+
+
+def _block_size(kv_cache_config: Any) -> int:
+    return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)

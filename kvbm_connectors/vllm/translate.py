@@ -31,16 +31,23 @@ def namespace_of(vllm_config: Any, block_size: int) -> CacheNamespace:
     )
 
 
-def uses_engine_keys(choice: str, hash_algorithm: str) -> bool:
-    """Whether vLLM's own block hashes are the keys; `choice` is the option `block_keys`."""
+def uses_engine_keys(choice: str, hash_algorithm: str, *, is_a_hash_a_block: bool) -> bool:
+    """Whether vLLM's own block hashes are the keys; `choice` is the option `block_keys`.
+
+    is_a_hash_a_block: whether vLLM hashes as many tokens at a time as a block has.
+    """
     if choice == "auto":
-        return hash_algorithm in COLLISION_RESISTANT
-    return choice == "engine"
+        return is_a_hash_a_block and hash_algorithm in COLLISION_RESISTANT
+    return is_a_hash_a_block and choice == "engine"
 
 
 def chain_of(request: Any, namespace: CacheNamespace) -> Sequence[BlockHash]:
-    """Our own keys of a request; none for one whose prompt is embeddings without identity."""
-    if request.prompt_embeds is not None:
+    """Our own keys of a request.
+
+    None for one whose prompt is embeddings without identity, or whose tokens may be taken back
+    (vLLM's streaming sessions drop the last sampled one).
+    """
+    if request.prompt_embeds is not None or request.resumable:
         return ()
     lora = request.lora_request
     adapter = f"{lora.lora_name}\0{lora.lora_path}" if lora is not None else ""

@@ -153,10 +153,19 @@ def test_a_prompt_of_embeddings_has_no_keys() -> None:
     assert list(translate.chain_of(embeddings, NAMESPACE)) == []
 
 
-def test_weak_hash_algorithms_are_not_trusted_as_keys() -> None:
-    assert translate.uses_engine_keys("auto", "sha256")
-    assert not translate.uses_engine_keys("auto", "xxhash")
-    assert not translate.uses_engine_keys("chain", "sha256")
+def test_weak_or_odd_hashes_are_not_trusted_as_keys() -> None:
+    def trusted(choice: str, algorithm: str, *, is_a_hash_a_block: bool = True) -> bool:
+        return translate.uses_engine_keys(choice, algorithm, is_a_hash_a_block=is_a_hash_a_block)
+
+    assert trusted("auto", "sha256")
+    assert trusted("engine", "xxhash")
+    assert not trusted("auto", "xxhash")
+    assert not trusted("chain", "sha256")
+    assert not trusted("engine", "sha256", is_a_hash_a_block=False)
+
+
+def test_tokens_that_may_be_taken_back_have_no_own_keys() -> None:
+    assert keys(resumable=True) == []
 
 
 @pytest.mark.parametrize("kernel_block_size", [None, 4])
