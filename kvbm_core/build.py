@@ -41,6 +41,7 @@ def cpu_engine(
     config: KvbmConfig, layout: KvLayout, regions: Sequence[torch.Tensor], host: torch.Tensor
 ) -> CpuTransferEngine:
     """Copy threads, at most one a core."""
+    _check_device("cpu", regions)
     engine = CpuTransferEngine(
         cpu_copier(layout, regions, host),
         num_threads=min(config.max_concurrent_transfers, os.cpu_count() or 1),
@@ -54,6 +55,7 @@ def cuda_engine(
     config: KvbmConfig, layout: KvLayout, regions: Sequence[torch.Tensor], host: torch.Tensor
 ) -> CudaTransferEngine:
     """Side streams of the device that the regions are on."""
+    _check_device("cuda", regions)
     engine = CudaTransferEngine(ForeachCopier(layout, regions, host), regions[0].device)
     engine.open()
     return engine
@@ -63,15 +65,23 @@ ENGINES: dict[str, EngineFactory] = {"cpu": cpu_engine, "cuda": cuda_engine}
 
 
 def build_leader(
-    config: KvbmConfig, *, num_host_blocks: int, block_size: int, num_ranks: int
+    config: KvbmConfig,
+    *,
+    num_host_blocks: int,
+    block_size: int,
+    num_ranks: int,
+    engine_holds_blocks: bool = True,
+    engine_shares_blocks: bool = True,
 ) -> Leader:
-    """A leader over an empty host tier of `num_host_blocks` blocks of `block_size` tokens."""
+    """A leader over an empty host tier of `num_host_blocks` blocks; see Leader for the rest."""
     policy = named(POLICIES, config.eviction_policy, "eviction_policy")()
     return Leader(
         BlockPool(Tier.HOST, num_host_blocks, policy),
         block_size=block_size,
         num_ranks=num_ranks,
         offload_generated_blocks=config.offload_generated_blocks,
+        engine_holds_blocks=engine_holds_blocks,
+        engine_shares_blocks=engine_shares_blocks,
     )
 
 
@@ -134,6 +144,12 @@ def named(table: Mapping[str, Any], name: str, option: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(option, name, f"cannot be imported: {error}", known) from error
+
+
+def _check_device(engine: str, regions: Sequence[torch.Tensor]) -> None:
+    if (device := regions[0].device.type) != engine:
+        problem = f"can't copy the engine's KV cache, which is on {device}"
+        raise ConfigError("transfer_engine", engine, problem, "Give auto.")
 
 
 def _check_fits(

@@ -67,9 +67,19 @@ class KvbmConfig:
         for name, value in options.items():
             option = name.removeprefix(ENV_PREFIX).lower()
             _take(values, ignored, option, value, f"kv_connector_extra_config.{name}")
-        level = env.get("DYN_LOG") or env.get("DYNAMO_LOG_LEVEL")
-        values.setdefault("log_level", _log_level(level) if level else "INFO")
+        values.setdefault("log_level", _level_of(env, ignored))
         return cls(**values, ignored=tuple(ignored))
+
+
+def _level_of(env: Mapping[str, str], ignored: list[str]) -> str:
+    """Dynamo's own variables may hold filters of its other parts: these stop nothing."""
+    for name in ("DYN_LOG", "DYNAMO_LOG_LEVEL"):
+        if text := env.get(name, "").strip():
+            try:
+                return _log_level(name, text)
+            except ConfigError:
+                ignored.append(f"{name}={text!r}")
+    return "INFO"
 
 
 def _take(values: dict[str, Any], ignored: list[str], option: str, raw: Any, source: str) -> None:
@@ -130,7 +140,7 @@ def _block_keys(source: str, raw: Any) -> str:
     return str(raw)
 
 
-def _log_level(raw: Any, source: str = "DYN_LOG") -> str:
+def _log_level(source: str, raw: Any) -> str:
     """Level of a plain name or of a filter list such as ``warn,kvbm=debug``."""
     chosen = None
     for part in str(raw).split(","):
@@ -152,7 +162,7 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "eviction_policy": _text,
     "transfer_engine": _text,
     "block_keys": _block_keys,
-    "log_level": lambda source, raw: _log_level(raw, source),
+    "log_level": _log_level,
 }
 assert set(_PARSERS) | {"ignored"} == {field.name for field in fields(KvbmConfig)}
 

@@ -18,6 +18,7 @@ from kvbm_core.errors import StorageError
 
 _TOUCH_BYTES = 256 * 2**20
 _TOUCH_THREADS = 8
+# Limit and use of a container's memory, by version of the control groups.
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     (
@@ -25,6 +26,7 @@ _CGROUPS = (
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
     ),
 )
+_RECLAIMABLE = "inactive_file"
 
 
 class HostArena:
@@ -111,4 +113,16 @@ def _cgroup(paths: tuple[str, str]) -> tuple[int | None, int]:
         limit, used = (Path(path).read_text(encoding="ascii").strip() for path in paths)
     except OSError:
         return None, 0
-    return (int(limit), int(used)) if limit.isdigit() else (None, 0)
+    if not limit.isdigit():
+        return None, 0
+    return int(limit), max(0, int(used) - _reclaimable(Path(paths[1]).with_name("memory.stat")))
+
+
+def _reclaimable(statistics: Path) -> int:
+    """Page cache that a container gives up before it runs out of memory, in bytes."""
+    try:
+        lines = statistics.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    values = dict(line.split(maxsplit=1) for line in lines)
+    return int(values.get(f"total_{_RECLAIMABLE}", values.get(_RECLAIMABLE, "0")))

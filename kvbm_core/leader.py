@@ -37,7 +37,12 @@ class _OffloadBatch:
 
 
 class Leader:
-    """Decides for one engine with `num_ranks` ranks; `block_size` is in tokens."""
+    """Decides for one engine with `num_ranks` ranks; `block_size` is in tokens.
+
+    engine_holds_blocks: a finished request's device blocks stay until it is reported drained; else
+    they are free at once, and fences alone keep them from being rewritten under an op.
+    engine_shares_blocks: what one request loaded, the next finds on the device.
+    """
 
     def __init__(
         self,
@@ -46,12 +51,16 @@ class Leader:
         block_size: int,
         num_ranks: int,
         offload_generated_blocks: bool = True,
+        engine_holds_blocks: bool = True,
+        engine_shares_blocks: bool = True,
     ) -> None:
         self.counters = Counters()
         self.num_ranks = num_ranks
         self._pool = pool
         self._block_size = block_size
         self._offload_generated_blocks = offload_generated_blocks
+        self._engine_holds_blocks = engine_holds_blocks
+        self._engine_shares_blocks = engine_shares_blocks
         self._ledger = OpLedger(num_ranks)
         self._slots: dict[RequestId, Slot] = {}
         self._loading: dict[BlockHash, OpId] = {}
@@ -101,9 +110,14 @@ class Leader:
             slot.move(SlotEvent.PREEMPTED)
         slot.num_device_tokens = num_device_tokens
         start = num_device_tokens // self._block_size
-        if start < len(slot.keys) and slot.keys[start] in self._loading:
+        if self._is_on_its_way(slot, start):
             return None
         return self._pool.match(slot.keys, start) * self._block_size
+
+    def ignore(self, request_id: RequestId) -> None:
+        """Cache nothing of a request any more: its keys can't be had."""
+        slot = self._slots[request_id]
+        slot.keys, slot.num_planned_blocks, slot.next_offload_tokens = (), 0, NEVER
 
     def allocated(
         self,
@@ -123,6 +137,9 @@ class Leader:
             slot.move(SlotEvent.ADMITTED)
         if is_admission:
             start = slot.num_device_tokens // self._block_size
+            # Another connector may be about to load into these blocks, with no step in between.
+            self._queued_fences |= self._ledger.ops_on(device_ids[start:]) - slot.op_ids
+            slot.num_written_tokens = 0
             self.counters.num_queried_blocks += max(0, len(slot.keys) - start)
             self.counters.num_matched_blocks += num_external_tokens // self._block_size
             slot.num_planned_blocks = 0
@@ -157,7 +174,10 @@ class Leader:
         slots, batch = self._slots, _OffloadBatch()
         for request_id, num_tokens in progress:
             slot = slots.get(request_id)
-            if slot is not None and num_tokens >= slot.next_offload_tokens:
+            if slot is None:
+                continue
+            slot.num_written_tokens = num_tokens
+            if num_tokens >= slot.next_offload_tokens:
                 self._offload(slot, num_tokens, device_table, batch)
         self._queue(batch)
 
@@ -188,9 +208,10 @@ class Leader:
         if slot is None or slot.state is SlotState.DRAINING:
             return False
         is_loading = slot.state is SlotState.LOADING
-        if slot.state is SlotState.RUNNING and num_computed_tokens >= slot.next_offload_tokens:
+        num_tokens = min(num_computed_tokens, slot.num_written_tokens)
+        if slot.state is SlotState.RUNNING and num_tokens >= slot.next_offload_tokens:
             batch = _OffloadBatch()
-            self._offload(slot, num_computed_tokens, lambda _: device_ids, batch)
+            self._offload(slot, num_tokens, lambda _: device_ids, batch)
             self._queue(batch)
         if not is_loading:
             self._pool.touch(slot.keys[: slot.num_planned_blocks])
@@ -198,7 +219,7 @@ class Leader:
         if slot.state is SlotState.FINISHED:
             del self._slots[request_id]
             return False
-        if is_loading:
+        if is_loading or not self._engine_holds_blocks:
             return False
         self._queued_drains.append(request_id)
         return True
@@ -237,10 +258,20 @@ class Leader:
         """Forget every cached block, and what running requests computed so far."""
         self.counters.num_dropped_blocks += self._pool.drop(self._pool.ready_keys())
         for record in self._ledger.records():
-            record.doomed = True
+            if not record.op.is_onboard and not record.doomed:
+                record.doomed = True
+                self._pool.orphan(record.keys)
         for slot in self._slots.values():
             slot.next_offload_tokens = NEVER
             slot.stored.clear()
+
+    def _is_on_its_way(self, slot: Slot, block: int) -> bool:
+        """Whether waiting for another request's load brings this block to the device."""
+        return (
+            self._engine_shares_blocks
+            and block < len(slot.keys)
+            and slot.keys[block] in self._loading
+        )
 
     def _start_load(
         self, slot: Slot, num_external_tokens: int, device_ids: Sequence[BlockId]
@@ -325,7 +356,9 @@ class Leader:
         self._count_end(record, route)
         if record.op.is_onboard:
             self._end_load(record)
-        elif record.error or record.doomed:
+        elif record.doomed:
+            self._pool.free_orphans(record.host_ids)
+        elif record.error:
             self._pool.abort(record.keys)
         else:
             self._pool.commit(record.keys)

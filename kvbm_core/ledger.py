@@ -16,7 +16,7 @@ from kvbm_core.types import BlockHash, BlockId, Blocks, OpId, OpResult, RequestI
 
 @dataclass
 class OpRecord:
-    """One op in flight. doomed: its bytes must not be kept even if it succeeds."""
+    """One op in flight. doomed: an offload whose bytes must not be kept even if it succeeds."""
 
     op: TransferOp
     keys: Sequence[BlockHash]

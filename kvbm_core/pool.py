@@ -36,6 +36,7 @@ class BlockPool:
         self._reserved: dict[BlockHash, BlockId] = {}
         self._pins: dict[BlockId, int] = {}
         self._detached: set[BlockId] = set()
+        self._orphans: set[BlockId] = set()
 
     @property
     def num_free(self) -> int:
@@ -43,7 +44,8 @@ class BlockPool:
 
     @property
     def num_reserved(self) -> int:
-        return len(self._reserved)
+        """RESERVED ids, those that were orphaned included."""
+        return len(self._reserved) + len(self._orphans)
 
     @property
     def num_ready(self) -> int:
@@ -114,6 +116,18 @@ class BlockPool:
         """RESERVED → FREE: at least one rank has not."""
         for key in keys:
             self._free.append(self._take_reserved(key))
+
+    def orphan(self, keys: Iterable[BlockHash]) -> None:
+        """RESERVED blocks whose bytes will not be wanted give up their keys, so that these can be
+        reserved anew; the ids stay RESERVED until `free_orphans`."""
+        for key in keys:
+            self._orphans.add(self._take_reserved(key))
+
+    def free_orphans(self, ids: Iterable[BlockId]) -> None:
+        """RESERVED → FREE for orphaned ids: nothing writes them any more."""
+        for block_id in ids:
+            self._orphans.remove(block_id)
+            self._free.append(block_id)
 
     def pin(self, keys: Sequence[BlockHash]) -> list[BlockId]:
         """Keep READY blocks until `unpin` of the ids returned; counts as a use."""

@@ -64,6 +64,8 @@ class Slot:
     num_prompt_tokens: where generated tokens begin. num_device_tokens: in the engine's own
     cache at the last match. num_planned_blocks: leading blocks that need no more offload.
     next_offload_tokens: computed tokens from which the next block is complete (NEVER: stopped).
+    num_written_tokens: whose KV the forwards planned so far produce; an engine's own count may be
+    ahead of it while another connector still loads.
     stored: keys of its own prefix that are in host, not to be evicted for its own tail.
     op_ids: its ops in flight.
     """
@@ -75,6 +77,7 @@ class Slot:
     num_device_tokens: int = 0
     num_planned_blocks: int = 0
     next_offload_tokens: int = 0
+    num_written_tokens: int = 0
     stored: set[BlockHash] = field(default_factory=set)
     op_ids: set[OpId] = field(default_factory=set)
 

@@ -85,7 +85,8 @@ class DynamoConnector(KVConnectorBase_V1):
         self.scheduler_side.apply(connector_output.kv_connector_worker_meta)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
-        return self.scheduler_side.finish(request, block_ids), None
+        self.scheduler_side.finish(request, block_ids)
+        return False, None
 
     def has_pending_push_work(self) -> bool:
         return self.scheduler_side.has_work()
@@ -121,7 +122,7 @@ class DynamoConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         worker = self.worker_side.worker
         worker.poll()
-        return worker.take_drained(), worker.take_received()
+        return set(), worker.take_received()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker_side.worker.take_load_errors()
@@ -151,6 +152,7 @@ def _scheduler_side(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) 
             vllm_config.cache_config.prefix_caching_hash_algo,
             is_a_hash_a_block=hash_block_size == block_size,
         ),
+        prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
     )
 
 
@@ -164,7 +166,7 @@ def _worker_side(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> 
         num_device_blocks=kv_cache_config.num_blocks,
         rank=pipeline.rank_in_group * tensor.world_size + tensor.rank_in_group,
         num_ranks=parallel.world_size,
-        ranks_per_node=max(1, parallel.world_size // parallel.nnodes) * engines_per_node,
+        ranks_per_node=parallel.local_world_size * engines_per_node,
     )
 
 

@@ -33,8 +33,8 @@ _EMPTY = KvbmMetadata()
 class SchedulerSide:
     """One engine's leader behind vLLM's scheduler hooks.
 
-    block_size: tokens. engine_keys: use vLLM's own block hashes as keys. The leader exists once
-    the workers have said how much memory they have.
+    block_size: tokens. engine_keys: use vLLM's own block hashes as keys. prefix_caching: of vLLM
+    itself. The leader exists once the workers have said how much memory they have.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class SchedulerSide:
         num_ranks: int,
         namespace: CacheNamespace,
         engine_keys: bool,
+        prefix_caching: bool = True,
     ) -> None:
         self.failed_hooks: Counter[str] = Counter()
         self._config = config
@@ -52,6 +53,8 @@ class SchedulerSide:
         self._num_ranks = num_ranks
         self._namespace = namespace
         self._engine_keys = engine_keys
+        self._prefix_caching = prefix_caching
+        self._num_matched_device_tokens = 0
         self._leader: Leader | None = None
         self._stranded: list[tuple[str, tuple[BlockId, ...]]] = []
         self._is_off = False
@@ -71,6 +74,12 @@ class SchedulerSide:
 
     def open(self, handshakes: Sequence[KvbmHandshake]) -> None:
         """Build the leader from what every rank announced. Raises LayoutMismatch."""
+        foreign = [type(h).__name__ for h in handshakes if not isinstance(h, KvbmHandshake)]
+        if foreign:
+            raise LayoutMismatch(
+                f"the workers announced themselves with {', '.join(foreign)}: another connector's "
+                "handshake was passed on to this one. Make DynamoConnector the first child."
+            )
         ranks = sorted(handshake.rank for handshake in handshakes)
         shapes = {(h.num_device_blocks, h.fingerprint) for h in handshakes}
         if ranks != list(range(self._num_ranks)) or len({blocks for blocks, _ in shapes}) > 1:
@@ -84,17 +93,28 @@ class SchedulerSide:
             num_host_blocks=num_host_blocks,
             block_size=self._block_size,
             num_ranks=self._num_ranks,
+            # Holding them would make reset_prefix_cache fail after an offline generate, whose
+            # engine takes no further step, and leave KV of old weights on the device.
+            engine_holds_blocks=False,
+            engine_shares_blocks=self._prefix_caching,
         )
         self._announce(handshakes, num_host_blocks)
         self._last_summary = self._leader.counters.summary()
         self._next_summary_seconds = time.monotonic() + SUMMARY_SECONDS
 
-    @guarded(lambda *_: (0, False))
+    def _ignore(self, request: Any, _: int) -> tuple[int, bool]:
+        """A request whose keys can't be computed costs only itself."""
+        if self._leader is not None and self._leader.has_slot(request.request_id):
+            self._leader.ignore(request.request_id)
+        return 0, False
+
+    @guarded(_ignore)
     def match(self, request: Any, num_device_tokens: int) -> tuple[int | None, bool]:
         if self._is_off:
             return 0, False
         if not self.leader.has_slot(request.request_id):
             self._create_slot(request)
+        self._num_matched_device_tokens = num_device_tokens
         num_tokens = self.leader.match(request.request_id, num_device_tokens)
         if request.skip_reading_prefix_cache:
             return 0, False
@@ -104,7 +124,10 @@ class SchedulerSide:
         """vLLM now waits for a load that will not start: have the workers fail it."""
         self._switch_off()
         if num_external_tokens:
-            self._stranded.append((request.request_id, tuple(blocks.get_block_ids()[0])))
+            # vLLM allocates right after it matched; blocks before these are shared with others.
+            start = self._num_matched_device_tokens // self._block_size
+            device_ids = tuple(blocks.get_block_ids()[0][start:])
+            self._stranded.append((request.request_id, device_ids))
 
     @guarded(_strand)
     def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -112,7 +135,14 @@ class SchedulerSide:
             device_ids = blocks.get_block_ids()[0]
             self.leader.allocated(request.request_id, num_external_tokens, device_ids)
 
+    def _metadata_without_plan(self, _: Any) -> KvbmMetadata:
+        self._switch_off()
+        return KvbmMetadata(failed_loads=tuple(self._stranded))
+
+    @guarded(_metadata_without_plan)
     def build_metadata(self, output: Any) -> KvbmMetadata:
+        if self._leader is None:
+            return _EMPTY
         self._note_progress(output)
         if time.monotonic() >= self._next_summary_seconds:
             self._log_summary()
@@ -146,23 +176,22 @@ class SchedulerSide:
             for payload in worker_metadata.reports:
                 self.leader.apply(decode_report(payload))
 
-    def _finish_without_leader(self, *_: Any) -> bool:
-        self._switch_off()
-        return False
-
-    @guarded(_finish_without_leader)
-    def finish(self, request: Any, device_ids: Sequence[BlockId]) -> bool:
-        """Whether vLLM must keep the request's device blocks until it is reported drained."""
-        if self._is_off:
-            return False
-        return self.leader.finish(request.request_id, request.num_computed_tokens, device_ids)
+    @guarded(_switch_off)
+    def finish(self, request: Any, device_ids: Sequence[BlockId]) -> None:
+        """vLLM frees the request's device blocks now; what offloads still read is fenced."""
+        if not self._is_off:
+            self.leader.finish(request.request_id, request.num_computed_tokens, device_ids)
 
     def has_work(self) -> bool:
         if self._is_off or self._leader is None:
             return bool(self._stranded)
         return self._leader.has_work()
 
-    @guarded(_finish_without_leader)
+    def _reset_without_leader(self) -> bool:
+        self._switch_off()
+        return False
+
+    @guarded(_reset_without_leader)
     def reset(self) -> bool:
         """Forget all blocks; False where that failed."""
         self.leader.reset()

@@ -1,7 +1,8 @@
 """Transfer engine for memory that the CPU can address: copy threads behind submit and poll.
 
 Lives here: threads, their queue, how an op is cut into pieces. Does not live here: the copy.
-Invariant: onboard pieces start before any offload piece that has not started; an op's result
+Invariant: onboard pieces start before any offload piece that has not started, save those somebody
+waits for; an op's result
 appears after its last piece, and only once; a piece that raises fails its op, never its thread.
 """
 
@@ -27,7 +28,7 @@ class _OpInFlight:
     error: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Piece:
     of: _OpInFlight
     device_ids: Sequence[BlockId]
@@ -83,6 +84,11 @@ class CpuTransferEngine:
 
     def wait(self, op_ids: Collection[OpId]) -> None:
         with self._changed:
+            urgent = [piece for piece in self._offloads if piece.of.op.op_id in op_ids]
+            if urgent:  # the engine stands still until these have ended
+                self._offloads = deque(p for p in self._offloads if p not in urgent)
+                self._onboards.extendleft(reversed(urgent))
+                self._changed.notify_all()
             self._changed.wait_for(lambda: self._in_flight.keys().isdisjoint(op_ids))
 
     def wait_any(self, timeout_seconds: float) -> None:

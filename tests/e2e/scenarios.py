@@ -41,8 +41,13 @@ def generate(
     max_tokens: int = 8,
     salts: Sequence[str] = (),
     adapter: str = "",
+    *,
+    drained: bool = True,
 ) -> Seen:
-    """Greedy generation, all prompts submitted at once; waits until offloads have drained."""
+    """Greedy generation, all prompts submitted at once.
+
+    drained: step on, as a server does, until offloads have ended.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -54,7 +59,8 @@ def generate(
     before = _counts(llm)
     with _CountedPreemptions(llm) as preemptions:
         outputs = llm.generate(batch, sampling, use_tqdm=False, lora_request=lora)
-        drain(llm)
+        if drained:
+            drain(llm)
     moved = {name: count - before[name] for name, count in _counts(llm).items()}
     return Seen(
         tokens=[list(output.outputs[0].token_ids) for output in outputs],
@@ -221,18 +227,27 @@ PHASES = {
 }
 
 
-def reuse_under_a_held_offload(llm: Any, first: Prompt, second: Prompt) -> tuple[bool, list[int]]:
-    """Finish a request whose offloads never end; run another that wants all device blocks.
-
-    Whether the first one's device blocks were still held then, and the second one's tokens.
-    """
+def reuse_under_an_offload(llm: Any, first: Prompt, second: Prompt) -> Seen:
+    """Finish a request whose offloads have not ended for the leader; run another that takes all
+    device blocks."""
     CONTROL.reset()
     CONTROL.hold_offloads = True
-    submit(llm, "held", first)
+    submit(llm, "first", first)
     step_until(llm, lambda llm: not llm.llm_engine.has_unfinished_requests())
-    is_held = bool(idle_state(llm)["device blocks in use"])
+    seen = generate(llm, [second], 1, drained=False)
     CONTROL.hold_offloads = False
-    return is_held, generate(llm, [second]).tokens[0]
+    drain(llm)
+    return seen
+
+
+def reset_right_after_generate(llm: Any, tokens: Prompt) -> list[bool]:
+    """What an offline user does between two rounds, with offloads still in flight."""
+    answers = []
+    for options in ({}, {"reset_running_requests": True}, {"reset_connector": True}):
+        generate(llm, [tokens], 1, drained=False)
+        answers.append(bool(llm.reset_prefix_cache(**options)))
+    drain(llm)
+    return answers
 
 
 def generate_with_broken_hook(llm: Any, name: str, tokens: Prompt) -> list[Seen]:

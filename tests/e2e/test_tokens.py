@@ -115,6 +115,12 @@ def test_a_cache_salt_isolates(plain: EngineProcess, kvbm: EngineProcess) -> Non
     assert other.tokens == own.tokens == expected.tokens
 
 
+def test_the_caches_can_be_reset_right_after_an_offline_generate(kvbm: EngineProcess) -> None:
+    first = prompt(690, LENGTH)
+    assert kvbm.run(scenarios.reset_right_after_generate, first) == [True, True, True]
+    assert_idle(kvbm)
+
+
 def test_reset_cache_forgets_host_blocks(kvbm: EngineProcess) -> None:
     first = prompt(700, LENGTH)
     kvbm.run(scenarios.generate, [first])

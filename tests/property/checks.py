@@ -36,7 +36,13 @@ def check_idle(engine: Engine) -> None:
 
 def check_conserved(pool: BlockPool) -> None:
     """Every id is FREE, RESERVED or READY, exactly once."""
-    ids = [*pool._free, *pool._reserved.values(), *pool._ready.values(), *pool._detached]
+    ids = [
+        *pool._free,
+        *pool._reserved.values(),
+        *pool._ready.values(),
+        *pool._detached,
+        *pool._orphans,
+    ]
     assert sorted(ids) == list(range(pool.num_blocks))
     assert pool.num_free + pool.num_reserved + pool.num_ready == pool.num_blocks
 

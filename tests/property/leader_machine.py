@@ -34,6 +34,7 @@ class LeaderMachine(RuleBasedStateMachine):
         device_remembers=st.sampled_from([False, False, True]),
         offload_generated=st.booleans(),
         late_offloads=st.booleans(),
+        holds_blocks=st.booleans(),
     )
     def start(
         self,
@@ -44,6 +45,7 @@ class LeaderMachine(RuleBasedStateMachine):
         device_remembers: bool,
         offload_generated: bool,
         late_offloads: bool,
+        holds_blocks: bool,
     ) -> None:
         self.engine = Engine(
             num_ranks=num_ranks,
@@ -53,6 +55,7 @@ class LeaderMachine(RuleBasedStateMachine):
             device_remembers=device_remembers,
             offload_generated=offload_generated,
             late_offloads=late_offloads,
+            holds_blocks=holds_blocks,
             parts=self.parts,
         )
 

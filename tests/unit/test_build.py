@@ -146,3 +146,11 @@ def _run(worker: Any, op: TransferOp) -> None:
     worker.poll()
     report = worker.take_report()
     assert [result.op_id for result in report.results if result.ok] == [op.op_id]
+
+
+@pytest.mark.parametrize("engine", ["cpu", "cuda"])
+def test_an_engine_for_another_device_is_refused(engine: str) -> None:
+    cache = cpu()
+    elsewhere = [torch.empty(region.numel(), device="meta") for region in cache.regions]
+    with pytest.raises(ConfigError, match="which is on meta"):
+        ENGINES[engine](KvbmConfig(), cache.layout, elsewhere, torch.empty(1))

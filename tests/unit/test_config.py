@@ -143,10 +143,15 @@ def test_a_log_filter_gives_our_level(text: str, level: str) -> None:
     assert load({"DYN_LOG": text}).log_level == level
 
 
-@pytest.mark.parametrize("text", ["loud", "warn,kvbm=loud", "warn,", "kvbm="])
-def test_a_log_filter_with_an_unknown_level_of_ours_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["loud", "warn,kvbm=loud", "2", "info,kvbm_core::pool"])
+def test_a_filter_of_dynamo_that_we_cannot_read_is_named_and_stops_nothing(text: str) -> None:
+    config = load({"DYN_LOG": text})
+    assert (config.log_level, config.ignored) == ("INFO", (f"DYN_LOG={text!r}",))
+
+
+def test_a_bad_level_of_our_own_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown level"):
-        load({"DYN_LOG": text})
+        load({"DYN_KVBM_LOG_LEVEL": "loud"})
 
 
 def test_the_more_specific_source_of_the_log_level_wins() -> None:

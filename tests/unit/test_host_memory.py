@@ -131,3 +131,15 @@ def test_a_machine_that_does_not_say_is_an_error(machine: Machine) -> None:
 
 def test_this_machine_says() -> None:
     assert 0 < available_bytes() <= total_bytes()
+
+
+def test_page_cache_that_a_container_can_drop_counts_as_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text("8000\n")
+    (tmp_path / "memory.current").write_text("7900\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 6000\nactive_file 900\n")
+    paths = (str(tmp_path / "memory.max"), str(tmp_path / "memory.current"))
+    monkeypatch.setattr(host_memory, "_CGROUPS", (paths,))
+    monkeypatch.setattr(host_memory, "_meminfo", lambda field: 64_000)
+    assert host_memory.available_bytes() == 6100

@@ -206,10 +206,20 @@ def test_a_load_into_blocks_that_an_op_reads_is_fenced() -> None:
     assert leader.plan_step([], lambda _: []).fences == (op_id,)
 
 
+def written(leader: Leader) -> list[int]:
+    """A request whose blocks were written before their keys were known."""
+    keys: list[BlockHash] = []
+    leader.create_slot("a", keys, 12)
+    leader.match("a", 0)
+    leader.allocated("a", 0, [10, 11, 12])
+    assert not step(leader, "a", 12, [10, 11, 12]).ops
+    keys += KEYS[:3]
+    return [10, 11, 12]
+
+
 def test_finish_keeps_complete_blocks_and_says_that_they_are_read() -> None:
     leader = leader_of()
-    table = run(leader)
-    assert leader.finish("a", 12, table) is True
+    assert leader.finish("a", 12, written(leader)) is True
     plan = leader.plan_step([], lambda _: [])
     assert (len(plan.ops[0].src), plan.drain) == (3, ("a",))
     answer(leader, plan.ops[0].op_id)
@@ -235,8 +245,68 @@ def test_finish_while_loading_leaves_the_end_to_the_load() -> None:
 def test_finish_of_an_unknown_request_or_twice_is_no_matter() -> None:
     leader = leader_of()
     assert leader.finish("nobody", 0, []) is False
-    table = run(leader)
+    table = written(leader)
     assert [leader.finish("a", 12, table) for _ in range(2)] == [True, False]
+
+
+def test_finish_keeps_nothing_that_no_forward_wrote() -> None:
+    """An engine counts tokens as computed while another connector still loads them."""
+    leader = leader_of()
+    assert leader.finish("a", 12, run(leader)) is False
+    assert not leader.has_work()
+
+
+def test_blocks_under_an_offload_are_fenced_whoever_writes_them_next() -> None:
+    leader = leader_of()
+    table = run(leader)
+    (op,) = step(leader, "a", 12, table).ops
+    leader.create_slot("b", [], 0)
+    leader.match("b", 0)
+    leader.allocated("b", 0, table)
+    assert leader.plan_step([], lambda _: []).fences == (op.op_id,)
+
+
+def test_an_engine_that_holds_no_blocks_is_told_of_no_drain() -> None:
+    pool = BlockPool(Tier.HOST, 3, Lru())
+    leader = Leader(pool, block_size=SIZE, num_ranks=1, engine_holds_blocks=False)
+    assert leader.finish("a", 12, written(leader)) is False
+    plan = leader.plan_step([], lambda _: [])
+    assert (len(plan.ops), plan.drain) == (1, ())
+    answer(leader, plan.ops[0].op_id)
+    assert (leader.num_slots, pool.num_ready) == (0, 3)
+
+
+def test_loads_of_one_prefix_go_side_by_side_where_the_engine_shares_no_blocks() -> None:
+    pool = BlockPool(Tier.HOST, 3, Lru())
+    pool.reserve(KEYS[:3])
+    pool.commit(KEYS[:3])
+    leader = Leader(pool, block_size=SIZE, num_ranks=1, engine_shares_blocks=False)
+    begin(leader, "a")
+    begin(leader, "b")
+    leader.match("a", 0)
+    leader.allocated("a", 12, [10, 11, 12])
+    assert leader.match("b", 0) == 12
+
+
+def test_a_block_is_stored_anew_while_a_doomed_offload_still_writes_its_old_copy() -> None:
+    leader = leader_of(num_blocks=6)
+    (old,) = step(leader, "a", 12, run(leader)).ops
+    leader.reset()
+    (new,) = step(leader, "b", 12, run(leader, "b", first=20)).ops
+    assert not set(old.dst.ids()) & set(new.dst.ids())
+    answer(leader, old.op_id)
+    assert leader.pool.num_ready == 0
+    answer(leader, new.op_id)
+    assert (leader.pool.num_ready, leader.pool.num_reserved) == (3, 0)
+
+
+def test_an_ignored_request_is_neither_matched_nor_kept() -> None:
+    leader = leader_of(ready=3)
+    table = run(leader)
+    leader.ignore("a")
+    assert leader.match("a", 0) == 0
+    leader.allocated("a", 0, table)
+    assert not step(leader, "a", 12, table).ops
 
 
 def test_a_preempted_request_is_matched_again_and_offloads_from_its_start() -> None:

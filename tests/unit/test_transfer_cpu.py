@@ -122,7 +122,28 @@ def test_onboards_overtake_offloads_that_have_not_begun(
     engine.submit(offload(2, 2))
     engine.submit(load(3, 3))
     copier.gate.set()
-    results_of(engine, 1, 2, 3)
+    results: list[OpResult] = []
+    while len(results) < 3:
+        engine.wait_any(PATIENCE_SECONDS)
+        results += engine.poll()
+    assert [ids for ids, _, _ in copier.copies] == [[1], [3], [2]]
+
+
+def test_an_offload_that_is_waited_for_overtakes_onboards(
+    copier: GatedCopier, open_engine: Engines
+) -> None:
+    engine = open_engine()
+    engine.submit(load(1, 1))
+    copier.wait_begun()
+    engine.submit(load(2, 2))
+    engine.submit(offload(3, 3))
+    waiting = threading.Thread(target=engine.wait, args=({3},))
+    waiting.start()
+    with engine._changed:
+        assert engine._changed.wait_for(lambda: not engine._offloads, PATIENCE_SECONDS)
+    copier.gate.set()
+    waiting.join(PATIENCE_SECONDS)
+    results_of(engine, 1, 2)
     assert [ids for ids, _, _ in copier.copies] == [[1], [3], [2]]
 
 
