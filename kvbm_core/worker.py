@@ -46,7 +46,9 @@ class Worker:
         """Take a step's plan, and wait for its fences: call before the forward writes blocks.
 
         Offloads count from here on: an engine may ask who is drained before it lets them be
-        submitted (vLLM with speculative decoding does), and may submit them in the next step.
+        submitted (vLLM with speculative decoding does), and may submit them in the next step. One
+        that is fenced in its own plan is of a request that finished: an earlier forward wrote its
+        source, this one overwrites it.
         """
         self.submit_offloads()
         self._is_idle_step = plan.idle
@@ -54,9 +56,12 @@ class Worker:
             self._in_flight[op.op_id] = op
             if op.is_onboard:
                 self._onboards.append(op)
+                continue
+            self._num_offloads.update(op.request_ids)
+            if op.op_id in plan.fences:
+                self._transfer.submit(op)
             else:
                 self._offloads.append(op)
-                self._num_offloads.update(op.request_ids)
         self._draining.update(plan.drain)
         if plan.fences:
             self._transfer.wait(plan.fences)

@@ -8,7 +8,7 @@ nothing is loaded or stored twice at a time, every op ends once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvbm_core.eviction import Lru
 from kvbm_core.types import BlockHash, BlockId, OpId, Tier, TransferOp
@@ -32,6 +32,7 @@ class Engine:
         offload_generated: bool = True,
         late_offloads: bool = False,
         holds_blocks: bool = True,
+        late_keys: bool = False,
         parts: Parts | None = None,
     ) -> None:
         self._parts = parts or Parts()
@@ -44,6 +45,7 @@ class Engine:
             engine_holds_blocks=holds_blocks,
         )
         self._holds_blocks = holds_blocks
+        self._late_keys = late_keys
         self.ranks = [Rank(i, 0, self._parts.worker, late=late_offloads) for i in range(num_ranks)]
         self.device = DeviceCache(num_device_blocks, eager=eager_reuse, remembers=device_remembers)
         self.requests: list[Request] = []
@@ -65,6 +67,7 @@ class Engine:
         self.requests.append(request)
         self.leader.create_slot(request.id, request.keys, len(request.tokens))
         self._learn_keys(request)
+        request.keys.is_late = self._late_keys
         return request
 
     def abort(self, request: Request) -> None:
@@ -109,6 +112,7 @@ class Engine:
             for request in [r for r in self.requests if r.state == "waiting"][:num_admitted]:
                 self._admit(request, chunk, progress, reissued)
         forward = tuple(request.write(end) for request, end in progress)
+        before = dict(self.device.contents)
         for part in forward:
             self.device.contents.update(part.writes)
         tables = {request.id: request.table for request, _ in progress}
@@ -118,7 +122,7 @@ class Engine:
             reissued=reissued,
             idle=not progress,
         )
-        self._check_plan(plan.ops, plan.fences)
+        self._check_plan(plan.ops, plan.fences, before)
         self._queue(Step(encode(plan), forward))
         for request, end in progress:
             self._advance(request, end)
@@ -250,6 +254,8 @@ class Engine:
 
     def _finish(self, request: Request) -> None:
         self.requests.remove(request)
+        request.keys.is_late = False
+        self._learn_keys(request)
         must_hold = self.leader.finish(request.id, request.num_computed, request.table)
         is_loading = request.state == "loading"
         request.state = "done"
@@ -353,24 +359,32 @@ class Engine:
 
     # Checks
 
-    def _check_plan(self, ops: Iterable[TransferOp], fences: Iterable[OpId]) -> None:
-        assert set(fences) <= set(self.ops), "a fence on an op that is not in flight"
+    def _check_plan(
+        self,
+        ops: Sequence[TransferOp],
+        fences: Iterable[OpId],
+        before: Mapping[BlockId, Content],
+    ) -> None:
+        """before: what the device held before this step's forward, for offloads it overwrites."""
+        known = {*self.ops, *(op.op_id for op in ops)}
+        assert set(fences) <= known, "a fence on an op that is not in flight"
         for op in ops:
             assert op.op_id not in self.ops, "an op was planned twice"
-            contents = self._contents_of(op)
+            held = before if op.op_id in set(fences) else self.device.contents
+            contents = self._contents_of(op, held)
             for other in self.ops.values():
                 if other.op.is_onboard == op.is_onboard:
                     assert not set(other.contents) & set(contents), "the same blocks move twice"
             owed = set(range(len(self.ranks)))
             self.ops[op.op_id] = OpMirror(op, contents, owed)
 
-    def _contents_of(self, op: TransferOp) -> list[Content]:
+    def _contents_of(self, op: TransferOp, held: Mapping[BlockId, Content]) -> list[Content]:
         if op.is_onboard:
             request = next(r for r in [*self.requests, *self.held] if r.id in op.request_ids)
             place = request.num_hits
             assert list(op.dst.ids()) == request.table[place : place + len(op.dst)]
             return request.full_contents(request.num_computed)[place:]
-        contents = [self.device.contents[block] for block in op.src.ids()]
+        contents = [held[block] for block in op.src.ids()]
         ready = {self.contents_of_key[key] for key in self.pool.ready_keys()}
         for epoch, tokens in contents:
             assert len(tokens) % BLOCK_SIZE == 0, f"{op} stores an incomplete block"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from kvbm_core.leader import Leader
 from kvbm_core.ledger import OpLedger, OpRecord
 from kvbm_core.pool import BlockPool
@@ -207,6 +209,15 @@ class HidesLoadErrors(Worker):
     def take_load_errors(self) -> set[BlockId]:
         super().take_load_errors()
         return set()
+
+
+class SubmitsFencedLate(Worker):
+    """Submits an offload after the forward that its own plan fences."""
+
+    def begin(self, plan: StepPlan) -> None:
+        own = {op.op_id for op in plan.ops}
+        fences = tuple(op_id for op_id in plan.fences if op_id not in own)
+        super().begin(msgspec.structs.replace(plan, fences=fences))
 
 
 class ReportsEarly(Worker):

@@ -35,6 +35,7 @@ class LeaderMachine(RuleBasedStateMachine):
         offload_generated=st.booleans(),
         late_offloads=st.booleans(),
         holds_blocks=st.booleans(),
+        late_keys=st.booleans(),
     )
     def start(
         self,
@@ -46,6 +47,7 @@ class LeaderMachine(RuleBasedStateMachine):
         offload_generated: bool,
         late_offloads: bool,
         holds_blocks: bool,
+        late_keys: bool,
     ) -> None:
         self.engine = Engine(
             num_ranks=num_ranks,
@@ -56,6 +58,7 @@ class LeaderMachine(RuleBasedStateMachine):
             offload_generated=offload_generated,
             late_offloads=late_offloads,
             holds_blocks=holds_blocks,
+            late_keys=late_keys,
             parts=self.parts,
         )
 

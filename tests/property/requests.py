@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvbm_core.hashing import PrefixChain
 from kvbm_core.leader import Leader
 from kvbm_core.pool import BlockPool
-from kvbm_core.types import BlockId, RequestId, TransferOp
+from kvbm_core.types import BlockHash, BlockId, RequestId, TransferOp
 from kvbm_core.worker import Worker
 from tests.property.cluster import Content, Write
 
@@ -28,6 +29,24 @@ class Parts:
     worker: Callable[..., Worker] = Worker
 
 
+class LateKeys(Sequence[BlockHash]):
+    """Keys of an engine that schedules ahead: the last generated token is known at the end only."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+        self._num_prompt_tokens = len(tokens)
+        self._chain = PrefixChain(b"root", tokens, BLOCK_SIZE)
+        self.is_late = False
+
+    def __len__(self) -> int:
+        if not self.is_late:
+            return len(self._chain)
+        return max(self._num_prompt_tokens, len(self._tokens) - 1) // BLOCK_SIZE
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._chain[: len(self)][index]
+
+
 @dataclass
 class Request:
     """state: waiting, loading, loaded (may be scheduled), running, done."""
@@ -35,7 +54,7 @@ class Request:
     id: RequestId
     tokens: list[int]
     num_left: int
-    keys: PrefixChain = field(init=False)
+    keys: LateKeys = field(init=False)
     state: str = "waiting"
     table: list[BlockId] = field(default_factory=list)
     num_computed: int = 0
@@ -47,7 +66,7 @@ class Request:
     draining_ranks: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.keys = PrefixChain(b"root", self.tokens, BLOCK_SIZE)
+        self.keys = LateKeys(self.tokens)
 
     def content(self, num_tokens: int) -> Content:
         return self.epoch, tuple(self.tokens[:num_tokens])

@@ -40,6 +40,7 @@ FAULTS = [
     Parts(leader=faulty.StoresTooEarly),
     Parts(leader=faulty.LoadsOneBlockLate),
     Parts(worker=faulty.SkipsFences),
+    Parts(worker=faulty.SubmitsFencedLate),
     Parts(worker=faulty.DrainsAtOnce),
     Parts(worker=faulty.HidesLoadErrors),
     Parts(worker=faulty.ReportsEarly),

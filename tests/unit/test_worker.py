@@ -45,6 +45,17 @@ def test_onboards_and_offloads_are_submitted_when_each_is_called_for() -> None:
     assert transfer.op_ids == [2, 1]
 
 
+def test_an_offload_fenced_in_its_own_plan_is_submitted_before_the_forward() -> None:
+    transfer = ModelTransfer()
+    worker = Worker(0, transfer)
+    worker.begin(StepPlan(ops=(offload(1, "a", 1), offload(2, "b", 2)), fences=(2,)))
+    # The fence has ended it; the other waits for the forward.
+    assert [result.op_id for result in transfer.poll()] == [2]
+    assert transfer.op_ids == []
+    worker.submit_offloads()
+    assert transfer.op_ids == [1]
+
+
 def test_nothing_is_reported_before_an_op_ended() -> None:
     worker, _ = started(load(1, "a", 1))
     assert worker.take_report() is None
