@@ -82,6 +82,8 @@ def tensor_planes(
         for axis, (stride, length) in enumerate(zip(strides_bytes, shape, strict=True))
         if axis != block and length > 1
     )
+    if inner and inner[0][0] < item_bytes:
+        raise LayoutMismatch(f"strides {strides_bytes} of shape {shape} repeat or reverse elements")
     page_bytes = item_bytes
     while inner and inner[0][0] == page_bytes:
         page_bytes *= inner.pop(0)[1]

@@ -66,7 +66,7 @@ class Slot:
     next_offload_tokens: computed tokens from which the next block is complete (NEVER: stopped).
     num_written_tokens: whose KV the forwards planned so far produce; an engine's own count may be
     ahead of it while another connector still loads.
-    stored: keys of its own prefix that are in host, not to be evicted for its own tail.
+    stored: keys of its own prefix, not to be evicted from host for its own tail.
     op_ids: its ops in flight.
     """
 

@@ -35,7 +35,7 @@ class BlockCopier(Protocol):
     def copy(
         self, device_ids: Sequence[BlockId], host_ids: Sequence[BlockId], *, to_host: bool
     ) -> None:
-        """Copy block by block. Raises ValueError or IndexError on an id out of range."""
+        """Copy block by block. Raises ValueError, IndexError or OverflowError on bad ids."""
 
 
 class NativeCopier:

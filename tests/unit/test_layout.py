@@ -124,3 +124,16 @@ def test_planes_that_share_bytes_are_refused(other: Plane) -> None:
     """The module's invariant: the planes of a layout never overlap."""
     with pytest.raises(LayoutMismatch):
         check_layout(KvLayout((Plane(0, 0, 32, 16), other), 2, 16, "int8"), [64])
+
+
+@pytest.mark.parametrize("stride", [0, -2])
+def test_an_axis_that_repeats_or_reverses_elements_is_refused(stride: int) -> None:
+    with pytest.raises(LayoutMismatch, match="repeat or reverse"):
+        tensor_planes(
+            region=0,
+            offset_bytes=0,
+            axes=("block", "head", "content"),
+            shape=(2, 3, 4),
+            strides_bytes=(64, stride, 2),
+            item_bytes=2,
+        )
