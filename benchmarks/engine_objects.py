@@ -31,6 +31,7 @@ class Request:
     num_prompt_tokens: int
     num_computed_tokens: int = 0
     prompt_embeds: None = None
+    resumable: bool = False
     lora_request: None = None
     cache_salt: None = None
     mm_features: list[Any] = field(default_factory=list)
