@@ -39,8 +39,8 @@ class _OffloadBatch:
 class Leader:
     """Decides for one engine with `num_ranks` ranks; `block_size` is in tokens.
 
-    engine_holds_blocks: a finished request's device blocks stay until it is reported drained; else
-    they are free at once, and fences alone keep them from being rewritten under an op.
+    engine_holds_blocks: a finished request and its device blocks stay until it is reported drained;
+    else both are gone at once, and fences alone keep blocks from being rewritten under an op.
     engine_shares_blocks: what one request loaded, the next finds on the device.
     """
 
@@ -216,10 +216,11 @@ class Leader:
         if not is_loading:
             self._pool.touch(slot.keys[: slot.num_planned_blocks])
         slot.move(SlotEvent.FINISHED_BUSY if slot.op_ids else SlotEvent.FINISHED_IDLE)
-        if slot.state is SlotState.FINISHED:
+        if slot.state is SlotState.FINISHED or not self._engine_holds_blocks:
+            # An engine that forgets the request may give its name to another one at once.
             del self._slots[request_id]
             return False
-        if is_loading or not self._engine_holds_blocks:
+        if is_loading:
             return False
         self._queued_drains.append(request_id)
         return True
@@ -362,12 +363,11 @@ class Leader:
             self._pool.abort(record.keys)
         else:
             self._pool.commit(record.keys)
-        for request_id in record.op.request_ids:
-            slot = self._slots[request_id]
+        for slot in self._slots_of(record):
             slot.op_ids.remove(record.op.op_id)
             if slot.state is SlotState.DRAINING and not slot.op_ids:
                 slot.move(SlotEvent.DRAINED)
-                del self._slots[request_id]
+                del self._slots[slot.request_id]
 
     def _end_load(self, record: OpRecord) -> None:
         self._pool.unpin(record.host_ids)
@@ -376,8 +376,13 @@ class Leader:
                 del self._loading[key]
         if record.error:
             self.counters.num_dropped_blocks += self._pool.drop(record.keys)
-        for request_id in record.op.request_ids:
-            self._slots[request_id].move(SlotEvent.LOAD_ENDED)
+        for slot in self._slots_of(record):
+            slot.move(SlotEvent.LOAD_ENDED)
+
+    def _slots_of(self, record: OpRecord) -> list[Slot]:
+        """Slots that still wait for the op; a namesake of a forgotten request does not."""
+        found = [self._slots.get(request_id) for request_id in record.op.request_ids]
+        return [slot for slot in found if slot is not None and record.op.op_id in slot.op_ids]
 
     def _count_end(self, record: OpRecord, route: RouteCounters) -> None:
         op = record.op

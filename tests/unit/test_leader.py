@@ -276,6 +276,21 @@ def test_an_engine_that_holds_no_blocks_is_told_of_no_drain() -> None:
     assert (leader.num_slots, pool.num_ready) == (0, 3)
 
 
+def test_a_namesake_of_a_finished_request_has_its_own_keys() -> None:
+    pool = BlockPool(Tier.HOST, 6, Lru())
+    leader = Leader(pool, block_size=SIZE, num_ranks=1, engine_holds_blocks=False)
+    leader.finish("a", 12, written(leader))
+    (op,) = leader.plan_step([], lambda _: []).ops
+    others = chain_hashes(b"other", list(range(12)), SIZE)
+    begin(leader, "a", keys=others)
+    assert leader.match("a", 0) == 0
+    leader.allocated("a", 0, [20, 21, 22])
+    (own,) = step(leader, "a", 12, [20, 21, 22]).ops
+    for op_id in (op.op_id, own.op_id):
+        answer(leader, op_id)
+    assert set(pool.ready_keys()) == {*KEYS[:3], *others}
+
+
 def test_loads_of_one_prefix_go_side_by_side_where_the_engine_shares_no_blocks() -> None:
     pool = BlockPool(Tier.HOST, 3, Lru())
     pool.reserve(KEYS[:3])
