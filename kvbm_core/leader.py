@@ -13,27 +13,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from kvbm_core.errors import IllegalTransition
 from kvbm_core.ledger import OpLedger, OpRecord
 from kvbm_core.metrics import Counters, RouteCounters
 from kvbm_core.pool import BlockPool
-from kvbm_core.slot import NEVER, Slot, SlotEvent, SlotState
+from kvbm_core.slot import NEVER, OffloadBatch, Slot, SlotEvent, SlotState
 from kvbm_core.types import BlockHash, BlockId, OpId, OpResult, RequestId, TransferOp
 from kvbm_core.wire import StepPlan, WorkerReport
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _OffloadBatch:
-    """Blocks that requests completed in one step, with host blocks reserved for them."""
-
-    slots: list[Slot] = field(default_factory=list)
-    keys: list[BlockHash] = field(default_factory=list)
-    host_ids: list[BlockId] = field(default_factory=list)
-    device_ids: list[BlockId] = field(default_factory=list)
 
 
 class Leader:
@@ -171,7 +160,7 @@ class Leader:
         time.
         """
         self._queued_fences |= self._ledger.ops_on(reissued)
-        slots, batch = self._slots, _OffloadBatch()
+        slots, batch = self._slots, OffloadBatch()
         for request_id, num_tokens in progress:
             slot = slots.get(request_id)
             if slot is None:
@@ -210,7 +199,7 @@ class Leader:
         is_loading = slot.state is SlotState.LOADING
         num_tokens = min(num_computed_tokens, slot.num_written_tokens)
         if slot.state is SlotState.RUNNING and num_tokens >= slot.next_offload_tokens:
-            batch = _OffloadBatch()
+            batch = OffloadBatch()
             self._offload(slot, num_tokens, lambda _: device_ids, batch)
             self._queue(batch)
         if not is_loading:
@@ -308,7 +297,7 @@ class Leader:
         slot: Slot,
         num_tokens: int,
         device_table: Callable[[RequestId], Sequence[BlockId]],
-        batch: _OffloadBatch,
+        batch: OffloadBatch,
     ) -> None:
         start = slot.num_planned_blocks
         end = min(num_tokens // self._block_size, len(slot.keys), self._last_block(slot))
@@ -327,7 +316,7 @@ class Leader:
             self._reserve(slot, [keys[i] for i in missing], sources, batch)
 
     def _reserve(
-        self, slot: Slot, keys: list[BlockHash], sources: list[BlockId], batch: _OffloadBatch
+        self, slot: Slot, keys: list[BlockHash], sources: list[BlockId], batch: OffloadBatch
     ) -> None:
         """Reserve host blocks; what does not fit ends the request's offloads, since blocks beyond
         a gap could never be matched."""
@@ -343,7 +332,7 @@ class Leader:
             batch.host_ids += host_ids
             batch.device_ids += sources[: len(host_ids)]
 
-    def _queue(self, batch: _OffloadBatch) -> None:
+    def _queue(self, batch: OffloadBatch) -> None:
         """One op for a step's offloads: an op costs more than a block of it."""
         if not batch.slots:
             return

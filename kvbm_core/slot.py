@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvbm_core.errors import IllegalTransition
-from kvbm_core.types import BlockHash, OpId, RequestId
+from kvbm_core.types import BlockHash, BlockId, OpId, RequestId
 
 NEVER = 2**63
 
@@ -89,6 +89,16 @@ class Slot:
                 f"request {self.request_id} is {self.state.value}: no way on {event.value!r}"
             )
         self.state = target
+
+
+@dataclass
+class OffloadBatch:
+    """Blocks that requests completed in one step, with host blocks reserved for them."""
+
+    slots: list[Slot] = field(default_factory=list)
+    keys: list[BlockHash] = field(default_factory=list)
+    host_ids: list[BlockId] = field(default_factory=list)
+    device_ids: list[BlockId] = field(default_factory=list)
 
 
 def diagram() -> str:
