@@ -116,18 +116,19 @@ class Leader:
     ) -> None:
         """The engine holds `device_ids` (all blocks of the request) and will load this many tokens.
 
-        Raises IllegalTransition where these were not offered; then nothing has changed.
+        Raises IllegalTransition where these were not offered; then no load was started.
         """
         slot = self._slots[request_id]
         is_admission = slot.state is SlotState.WAITING
+        start = slot.num_device_tokens // self._block_size
+        if is_admission:
+            # A load may write these, ours or another connector's, with no step in between.
+            self._queued_fences |= self._ledger.ops_on(device_ids[start:])
         if num_external_tokens:
             self._start_load(slot, num_external_tokens, device_ids)
         else:
             slot.move(SlotEvent.ADMITTED)
         if is_admission:
-            start = slot.num_device_tokens // self._block_size
-            # Another connector may be about to load into these blocks, with no step in between.
-            self._queued_fences |= self._ledger.ops_on(device_ids[start:]) - slot.op_ids
             slot.num_written_tokens = 0
             self.counters.num_queried_blocks += max(0, len(slot.keys) - start)
             self.counters.num_matched_blocks += num_external_tokens // self._block_size
@@ -285,7 +286,6 @@ class Leader:
         except IllegalTransition:
             self._pool.unpin(host_ids)
             raise
-        self._queued_fences |= self._ledger.ops_on(targets)
         op = self._ledger.open_onboard((slot.request_id,), keys, host_ids, targets)
         self._loading.update(dict.fromkeys(keys, op.op_id))
         slot.op_ids.add(op.op_id)

@@ -137,7 +137,7 @@ class SchedulerSide:
 
     def _metadata_without_plan(self, _: Any) -> KvbmMetadata:
         self._switch_off()
-        return KvbmMetadata(failed_loads=tuple(self._stranded))
+        return KvbmMetadata(failed_loads=self._take_stranded())
 
     @guarded(_metadata_without_plan)
     def build_metadata(self, output: Any) -> KvbmMetadata:
@@ -149,8 +149,12 @@ class SchedulerSide:
         plan = self.leader.take_plan(idle=not output.total_num_scheduled_tokens)
         if not plan and not self._stranded:
             return _EMPTY
+        return KvbmMetadata(encode(plan) if plan else b"", self._take_stranded())
+
+    def _take_stranded(self) -> tuple[tuple[str, tuple[BlockId, ...]], ...]:
+        """Each is reported once: vLLM forgets the request with its report."""
         stranded, self._stranded = tuple(self._stranded), []
-        return KvbmMetadata(encode(plan) if plan else b"", stranded)
+        return stranded
 
     def _switch_off(self, *_: Any) -> None:
         if not self._is_off:

@@ -113,6 +113,19 @@ def test_a_plan_that_cannot_be_made_switches_off_and_kills_nothing() -> None:
     assert side.is_off
 
 
+def test_a_stranded_load_is_reported_once_though_no_plan_can_be_made() -> None:
+    side, stranded = side_of(), request()
+    side.leader.pool.reserve(KEYS[:BLOCKS])
+    side.leader.pool.commit(KEYS[:BLOCKS])
+    side.match(stranded, 0)
+    side.leader.pool.drop(KEYS[2:3])
+    side.allocated(stranded, blocks(TABLE), BLOCKS * SIZE)
+    side.leader.take_plan = lambda **_: 1 / 0  # type: ignore[assignment]
+    reports = [side.build_metadata(output()).failed_loads for _ in range(2)]
+    assert reports == [(("a", tuple(TABLE)),), ()]
+    assert not side.has_work()
+
+
 def test_before_the_workers_have_announced_themselves_there_is_nothing_to_do() -> None:
     side = side_of(is_open=False)
     assert side.build_metadata(output()).plan == b""

@@ -106,13 +106,13 @@ class Engine:
         """Schedule up to `chunk` tokens a request, plan, and queue the step on every rank."""
         progress: list[tuple[Request, int]] = []
         reissued: list[BlockId] = []
+        before = dict(self.device.contents)  # handing blocks out forgets what they held
         if chunk:
             for request in [r for r in self.requests if r.state in ("running", "loaded")]:
                 self._schedule(request, chunk, progress, reissued)
             for request in [r for r in self.requests if r.state == "waiting"][:num_admitted]:
                 self._admit(request, chunk, progress, reissued)
         forward = tuple(request.write(end) for request, end in progress)
-        before = dict(self.device.contents)
         for part in forward:
             self.device.contents.update(part.writes)
         tables = {request.id: request.table for request, _ in progress}

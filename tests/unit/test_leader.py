@@ -266,6 +266,15 @@ def test_blocks_under_an_offload_are_fenced_whoever_writes_them_next() -> None:
     assert leader.plan_step([], lambda _: []).fences == (op.op_id,)
 
 
+def test_a_preempted_request_that_gets_its_own_blocks_back_is_fenced_too() -> None:
+    leader = leader_of()
+    table = run(leader)
+    (op,) = step(leader, "a", 12, table).ops
+    leader.match("a", 0)
+    leader.allocated("a", 0, table)
+    assert leader.plan_step([], lambda _: []).fences == (op.op_id,)
+
+
 def test_an_engine_that_holds_no_blocks_is_told_of_no_drain() -> None:
     pool = BlockPool(Tier.HOST, 3, Lru())
     leader = Leader(pool, block_size=SIZE, num_ranks=1, engine_holds_blocks=False)
