@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any, ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,9 +22,10 @@ PICKS = st.integers(0, 7)
 
 
 class LeaderMachine(RuleBasedStateMachine):
-    """`parts` is replaced by a subclass that plants a fault."""
+    """A subclass plants a fault in `parts`, and may fix the `circumstances` that show it."""
 
     parts = Parts()
+    circumstances: ClassVar[dict[str, Any]] = {}
     engine: Engine
 
     @initialize(
@@ -49,18 +51,18 @@ class LeaderMachine(RuleBasedStateMachine):
         holds_blocks: bool,
         late_keys: bool,
     ) -> None:
-        self.engine = Engine(
-            num_ranks=num_ranks,
-            num_host_blocks=num_host_blocks,
-            num_device_blocks=num_device_blocks,
-            eager_reuse=eager_reuse,
-            device_remembers=device_remembers,
-            offload_generated=offload_generated,
-            late_offloads=late_offloads,
-            holds_blocks=holds_blocks,
-            late_keys=late_keys,
-            parts=self.parts,
-        )
+        drawn = {
+            "num_ranks": num_ranks,
+            "num_host_blocks": num_host_blocks,
+            "num_device_blocks": num_device_blocks,
+            "eager_reuse": eager_reuse,
+            "device_remembers": device_remembers,
+            "offload_generated": offload_generated,
+            "late_offloads": late_offloads,
+            "holds_blocks": holds_blocks,
+            "late_keys": late_keys,
+        }
+        self.engine = Engine(**{**drawn, **self.circumstances}, parts=self.parts)
 
     @precondition(lambda self: len(self.engine.requests) < MAX_REQUESTS)
     @rule(shared=st.integers(1, 9), own=st.integers(0, 4), num_generated=st.integers(0, 4))
