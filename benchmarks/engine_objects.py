@@ -36,6 +36,8 @@ class Request:
     cache_salt: None = None
     mm_features: list[Any] = field(default_factory=list)
     skip_reading_prefix_cache: bool = False
+    priority: int = 0
+    kv_transfer_params: None = None
 
 
 @dataclass

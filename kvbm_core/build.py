@@ -9,12 +9,17 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvbm_core import host_memory
+from kvbm_core.admission import ADMISSION_FILTERS, OFFLOAD_FILTERS, OffloadFilter
+from kvbm_core.cascade import DiskTier
 from kvbm_core.config import BYTES_PER_GB, KvbmConfig
 from kvbm_core.errors import ConfigError
 from kvbm_core.eviction import POLICIES
@@ -22,16 +27,24 @@ from kvbm_core.host_memory import HostArena
 from kvbm_core.layout import KvLayout
 from kvbm_core.leader import Leader
 from kvbm_core.pool import BlockPool
+from kvbm_core.restore import agreed_blocks
+from kvbm_core.storage.disk import ALIGNMENT, DiskOptions, DiskStore
 from kvbm_core.transfer.cpu import CpuTransferEngine
 from kvbm_core.transfer.cuda import CudaTransferEngine
+from kvbm_core.transfer.disk import BlockIo, DiskTransferEngine, PreadIo
 from kvbm_core.transfer.pages import ForeachCopier, cpu_copier
 from kvbm_core.transfer.port import TransferEngine
+from kvbm_core.transfer.router import RoutedTransfer
 from kvbm_core.types import Tier
+from kvbm_core.wire import GENERATION_BYTES, DiskInventory
 from kvbm_core.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_SHARE = 0.25
+STAGING_BYTES = 2**30
+STAGING_MEMORY_SHARE = 0.1
+WINDOW_BYTES = 64 * 2**20
 
 EngineFactory = Callable[[KvbmConfig, KvLayout, Sequence[torch.Tensor], torch.Tensor], Any]
 """(config, layout, device regions, host arena) → an open TransferEngine."""
@@ -64,25 +77,87 @@ def cuda_engine(
 ENGINES: dict[str, EngineFactory] = {"cpu": cpu_engine, "cuda": cuda_engine}
 
 
+def pread_io(config: KvbmConfig, store: DiskStore, host: torch.Tensor) -> BlockIo:
+    """pread and pwrite."""
+    return PreadIo(store, host)
+
+
+DISK_ENGINES: dict[str, Callable[[KvbmConfig, DiskStore, torch.Tensor], BlockIo]] = {
+    "threads": pread_io
+}
+
+
 def build_leader(
     config: KvbmConfig,
     *,
     num_host_blocks: int,
     block_size: int,
+    block_bytes: int,
     num_ranks: int,
+    inventories: Sequence[DiskInventory] = (),
     engine_holds_blocks: bool = True,
     engine_shares_blocks: bool = True,
+    engine_can_wait: bool = True,
 ) -> Leader:
-    """A leader over an empty host tier of `num_host_blocks` blocks; see Leader for the rest."""
-    policy = named(POLICIES, config.eviction_policy, "eviction_policy")()
-    return Leader(
-        BlockPool(Tier.HOST, num_host_blocks, policy),
+    """A leader over an empty host tier of `num_host_blocks` blocks; see Leader for the rest.
+
+    block_bytes: of the rank with the largest blocks. inventories: what the disk of each rank
+    holds, where there is a disk tier. engine_can_wait: it takes "not yet" for a match.
+    """
+    disk = None
+    if inventories:
+        num_disk_blocks = min(inventory.num_blocks for inventory in inventories)
+        disk = DiskTier(
+            _pool(config, Tier.DISK, num_disk_blocks),
+            named(ADMISSION_FILTERS, _disk_filter(config), "disk_offload_filter")(),
+            window_blocks=max(1, WINDOW_BYTES // block_bytes),
+            new_generation=lambda: os.urandom(GENERATION_BYTES),
+            can_wait=engine_can_wait,
+        )
+    leader = Leader(
+        _pool(config, Tier.HOST, num_host_blocks),
         block_size=block_size,
         num_ranks=num_ranks,
+        disk=disk,
+        offload_filter=_offload_filter(config),
         offload_generated_blocks=config.offload_generated_blocks,
         engine_holds_blocks=engine_holds_blocks,
         engine_shares_blocks=engine_shares_blocks,
     )
+    if leader.cascade is not None:
+        blocks = None
+        if config.disk_cache_persist:
+            blocks = agreed_blocks(inventories, leader.cascade.disk.num_blocks)
+        leader.cascade.start(blocks, persists=config.disk_cache_persist)
+    return leader
+
+
+def _pool(config: KvbmConfig, tier: Tier, num_blocks: int) -> BlockPool:
+    policy = named(POLICIES, config.eviction_policy, "eviction_policy")()
+    return BlockPool(tier, num_blocks, policy)
+
+
+def _disk_filter(config: KvbmConfig) -> str:
+    if config.disable_disk_offload_filter or config.is_disk_only:
+        return "all"
+    return config.disk_offload_filter
+
+
+def _offload_filter(config: KvbmConfig) -> OffloadFilter | None:
+    minimum = config.host_offload_prefix_min_priority
+    make = named(OFFLOAD_FILTERS, config.host_offload_filter, "host_offload_filter")
+    return None if minimum is None else make(minimum)
+
+
+@dataclass(frozen=True)
+class DiskPlace:
+    """Where one rank's disk tier goes. identity: what must be equal for blocks to be used again, in
+    readable words. engine_id: the same in all ranks of one engine, and in no other."""
+
+    num_blocks: int
+    identity: str
+    engine_id: str
+    num_ranks: int
 
 
 def build_worker(
@@ -92,8 +167,10 @@ def build_worker(
     *,
     rank: int,
     num_host_blocks: int,
+    disk: DiskPlace | None = None,
 ) -> Worker:
-    """One rank's worker with its arena open and its engine running; `Worker.close` ends both.
+    """One rank's worker with its memory and files open and its engines running; `Worker.close` ends
+    all of it.
 
     regions: flat uint8 tensors on one device that the layout's planes lie in.
     """
@@ -103,7 +180,58 @@ def build_worker(
     arena = HostArena(num_host_blocks, layout.block_bytes, pinned=device.type == "cuda")
     arena.open()
     engine: TransferEngine = make_engine(config, layout, regions, arena.tensor)
-    return Worker(rank, engine, arena.close)
+    store = None
+    if disk is not None:
+        store, disk_engine = _open_disk(config, layout, arena, disk, rank)
+        engine = RoutedTransfer(engine, disk_engine)
+    return Worker(rank, engine, arena.close, store)
+
+
+def _open_disk(
+    config: KvbmConfig, layout: KvLayout, arena: HostArena, place: DiskPlace, rank: int
+) -> tuple[DiskStore, TransferEngine]:
+    options = DiskOptions(
+        Path(config.disk_cache_dir or tempfile.gettempdir()),
+        zerofill=config.disk_zerofill_fallback,
+        direct=not config.disk_disable_o_direct,
+        persist=config.disk_cache_persist,
+    )
+    store = DiskStore(
+        options,
+        num_blocks=place.num_blocks,
+        block_bytes=layout.block_bytes,
+        identity=f"{place.identity}; layout {layout.fingerprint()}; "
+        f"rank {rank} of {place.num_ranks}; blocks of {layout.block_bytes} bytes",
+        engine=place.engine_id,
+        rank=rank,
+        num_ranks=place.num_ranks,
+    )
+    store.open()
+    name = "threads" if config.disk_engine == "auto" else config.disk_engine
+    io = named(DISK_ENGINES, name, "disk_engine")(config, store, arena.tensor)
+    engine = DiskTransferEngine(
+        store,
+        arena.tensor,
+        io,
+        num_threads=config.max_concurrent_transfers,
+        piece_blocks=config.max_transfer_batch_size,
+    )
+    engine.open()
+    return store, engine
+
+
+def count_disk_blocks(config: KvbmConfig, *, block_bytes: int, num_ranks: int) -> int:
+    """Disk blocks of one rank; 0 without a disk tier. Raises ConfigError below one block."""
+    if config.disk_cache_override_num_blocks is not None:
+        return config.disk_cache_override_num_blocks
+    if config.disk_cache_gb is None:
+        return 0
+    extent_bytes = -(-block_bytes // ALIGNMENT) * ALIGNMENT
+    count = int(config.disk_cache_gb * BYTES_PER_GB / num_ranks) // extent_bytes
+    if count < 1:
+        problem = f"is less than one block of {extent_bytes} bytes on each of {num_ranks} ranks"
+        raise ConfigError("disk_cache_gb", config.disk_cache_gb, problem, "Raise it.")
+    return count
 
 
 def count_host_blocks(
@@ -114,7 +242,19 @@ def count_host_blocks(
     Raises ConfigError where it is less than one block or more than the machine has.
     """
     available = host_memory.available_bytes()
-    if (count := config.cpu_cache_override_num_blocks) is not None:
+    if config.is_disk_only:
+        wanted_bytes = min(STAGING_BYTES / num_ranks, available * STAGING_MEMORY_SHARE)
+        num_disk_blocks = count_disk_blocks(config, block_bytes=block_bytes, num_ranks=num_ranks)
+        count = max(1, min(int(wanted_bytes) // block_bytes, num_disk_blocks))
+        logger.info(
+            "disk only: blocks pass through %d blocks of host memory, %.2f GB a rank; set "
+            "DYN_KVBM_CPU_CACHE_GB for a host tier of its own",
+            count,
+            count * block_bytes / BYTES_PER_GB,
+        )
+        return count
+    if config.cpu_cache_override_num_blocks is not None:
+        count = config.cpu_cache_override_num_blocks
         option, value = "cpu_cache_override_num_blocks", count * 1.0
     elif config.cpu_cache_gb is not None:
         option, value = "cpu_cache_gb", config.cpu_cache_gb

@@ -43,6 +43,15 @@ class KvbmConfig:
     call; None sizes calls by bytes. offload_generated_blocks: keep blocks of generated tokens
     too. eviction_policy, transfer_engine: a built-in name or ``module:Name``.
     block_keys: ``engine`` (the engine's own hashes), ``chain`` (ours), or ``auto``.
+
+    disk_cache_gb, disk_cache_override_num_blocks: disk tier, as for host; without either there is
+    none. disk_cache_dir: an existing directory; None: the system's temporary one.
+    disk_cache_persist: a restart finds the blocks. disk_zerofill_fallback: write zeros where the
+    filesystem can't reserve space. disk_disable_o_direct: go through the page cache. disk_engine:
+    a built-in name, ``module:name``, or ``auto``. disk_offload_filter, host_offload_filter: what
+    may go to disk, and what may leave the device; a built-in name or ``module:Name``.
+    disable_disk_offload_filter: short for the filter ``all``. host_offload_prefix_min_priority: of
+    the latter; None: no filter.
     """
 
     cpu_cache_gb: float | None = None
@@ -50,11 +59,32 @@ class KvbmConfig:
     max_concurrent_transfers: int = 4
     max_transfer_batch_size: int | None = None
     offload_generated_blocks: bool = True
+    disk_cache_gb: float | None = None
+    disk_cache_override_num_blocks: int | None = None
+    disk_cache_dir: str | None = None
+    disk_cache_persist: bool = True
+    disk_zerofill_fallback: bool = False
+    disk_disable_o_direct: bool = False
+    disk_engine: str = "auto"
+    disk_offload_filter: str = "frequency"
+    disable_disk_offload_filter: bool = False
+    host_offload_filter: str = "min_priority"
+    host_offload_prefix_min_priority: int | None = None
     eviction_policy: str = "lru"
     transfer_engine: str = "auto"
     block_keys: str = "auto"
     log_level: str = "INFO"
     ignored: tuple[str, ...] = ()
+
+    @property
+    def has_disk(self) -> bool:
+        return self.disk_cache_gb is not None or self.disk_cache_override_num_blocks is not None
+
+    @property
+    def is_disk_only(self) -> bool:
+        """Disk without a host tier of its own: host memory is only passed through."""
+        has_host = self.cpu_cache_gb is not None or self.cpu_cache_override_num_blocks is not None
+        return self.has_disk and not has_host
 
     @classmethod
     def load(cls, *, env: Mapping[str, str], options: Mapping[str, Any]) -> KvbmConfig:
@@ -92,6 +122,13 @@ def _take(values: dict[str, Any], ignored: list[str], option: str, raw: Any, sou
         hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(_PARSERS)}."
         raise ConfigError(source, raw, "unknown option", hint)
     values[option] = parse(source, raw)
+
+
+def _integer(source: str, raw: Any) -> int:
+    value = _number(source, raw)
+    if value != int(value):
+        raise ConfigError(source, raw, "must be a whole number", "Give one, or leave it unset.")
+    return int(value)
 
 
 def _number(source: str, raw: Any) -> float:
@@ -159,6 +196,17 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "max_concurrent_transfers": _count,
     "max_transfer_batch_size": _count,
     "offload_generated_blocks": _boolean,
+    "disk_cache_gb": _gigabytes,
+    "disk_cache_override_num_blocks": _count,
+    "disk_cache_dir": _text,
+    "disk_cache_persist": _boolean,
+    "disk_zerofill_fallback": _boolean,
+    "disk_disable_o_direct": _boolean,
+    "disk_engine": _text,
+    "disk_offload_filter": _text,
+    "disable_disk_offload_filter": _boolean,
+    "host_offload_filter": _text,
+    "host_offload_prefix_min_priority": _integer,
     "eviction_policy": _text,
     "transfer_engine": _text,
     "block_keys": _block_keys,
@@ -170,8 +218,6 @@ assert set(_PARSERS) | {"ignored"} == {field.name for field in fields(KvbmConfig
 # switches keeps his environment, and start-up names what had no effect.
 _LATER = frozenset(
     """
-    disk_cache_gb disk_cache_override_num_blocks disk_cache_dir disk_zerofill_fallback
-    disk_disable_o_direct disable_disk_offload_filter host_offload_prefix_min_priority
     leader_zmq_host leader_zmq_pub_port leader_zmq_ack_port leader_worker_init_timeout_secs
     metrics metrics_port cache_stats_max_requests cache_stats_log_interval_secs enable_record
     kv_events_enable_consolidator kv_events_consolidator_mode trtllm_zmq_port nccl_mla_mode sleep

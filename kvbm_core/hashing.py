@@ -17,9 +17,8 @@ from typing import overload
 
 import msgspec
 
-from kvbm_core.types import BlockHash
+from kvbm_core.types import KEY_BYTES, BlockHash
 
-KEY_BYTES = 32
 _CONTENT = b"kvbm-content"  # blake2b personalisation: no stream of tokens can imitate it
 
 

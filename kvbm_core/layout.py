@@ -31,12 +31,17 @@ class Plane(msgspec.Struct, frozen=True, order=True):
 
 
 class KvLayout(msgspec.Struct, frozen=True):
-    """Geometry of the KV cache of one rank. block_size: tokens; dtype: of the elements."""
+    """Geometry of the KV cache of one rank.
+
+    block_size: tokens. dtype: of the elements. order: of the axes inside a page, in memory, in the
+    connector's words.
+    """
 
     planes: tuple[Plane, ...]
     num_device_blocks: int
     block_size: int
     dtype: str
+    order: str = ""
 
     @property
     def block_bytes(self) -> int:
@@ -53,7 +58,8 @@ class KvLayout(msgspec.Struct, frozen=True):
 
     def fingerprint(self) -> str:
         """16 hex digits that are equal where stored blocks mean the same bytes."""
-        shape = (tuple(plane.page_bytes for plane in self.planes), self.block_size, self.dtype)
+        pages = tuple(plane.page_bytes for plane in self.planes)
+        shape = (pages, self.block_size, self.dtype, self.order)
         return hashlib.blake2b(msgspec.msgpack.encode(shape), digest_size=8).hexdigest()
 
 

@@ -2,8 +2,8 @@
 
     match → allocated → plan_step → (worker) → apply → … → finish
 
-Lives here: the decisions of one engine, over one host tier. Does not live here: engine types,
-bytes, time, threads.
+Lives here: the decisions of one engine between device and host. Does not live here: the tier below
+host (see `kvbm_core.cascade`), engine types, bytes, clocks, threads.
 Invariant: single-threaded; eviction happens only in `plan_step`, `finish` and `apply`; a hash is
 READY only after every rank has its bytes; no device block is reused under an op (the engine
 holds it, or a fence precedes its reuse); when idle, nothing is pinned and no slot is left.
@@ -14,12 +14,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+from kvbm_core.admission import OffloadFilter
+from kvbm_core.cascade import Cascade, DiskTier
 from kvbm_core.errors import IllegalTransition
-from kvbm_core.ledger import OpLedger, OpRecord
+from kvbm_core.ledger import OpLedger, OpRecord, count_end
 from kvbm_core.metrics import Counters, RouteCounters
+from kvbm_core.offload import OffloadBatch, Offloads
 from kvbm_core.pool import BlockPool
-from kvbm_core.slot import NEVER, OffloadBatch, Slot, SlotEvent, SlotState
-from kvbm_core.types import BlockHash, BlockId, OpId, OpResult, RequestId, TransferOp
+from kvbm_core.slot import NEVER, Slot, SlotEvent, SlotState
+from kvbm_core.types import BlockHash, BlockId, OpId, OpResult, RequestId, Tier, TransferOp
 from kvbm_core.wire import StepPlan, WorkerReport
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,7 @@ class Leader:
     engine_holds_blocks: a finished request and its device blocks stay until it is reported drained;
     else both are gone at once, and fences alone keep blocks from being rewritten under an op.
     engine_shares_blocks: what one request loaded, the next finds on the device.
+    disk: a tier below the host tier `pool`. offload_filter: what may leave the device; None: all.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class Leader:
         *,
         block_size: int,
         num_ranks: int,
+        disk: DiskTier | None = None,
+        offload_filter: OffloadFilter | None = None,
         offload_generated_blocks: bool = True,
         engine_holds_blocks: bool = True,
         engine_shares_blocks: bool = True,
@@ -47,10 +53,22 @@ class Leader:
         self.num_ranks = num_ranks
         self._pool = pool
         self._block_size = block_size
-        self._offload_generated_blocks = offload_generated_blocks
         self._engine_holds_blocks = engine_holds_blocks
         self._engine_shares_blocks = engine_shares_blocks
         self._ledger = OpLedger(num_ranks)
+        self._cascade: Cascade | None = None
+        if disk is not None:
+            self._cascade = Cascade(pool, disk, self._ledger, self.counters, block_size)
+        self._offloads = Offloads(
+            pool,
+            self._cascade,
+            self._ledger,
+            self.counters,
+            block_size=block_size,
+            with_generated_blocks=offload_generated_blocks,
+            offload_filter=offload_filter,
+        )
+        self._num_step_tokens = 0
         self._slots: dict[RequestId, Slot] = {}
         self._loading: dict[BlockHash, OpId] = {}
         self._queued_ops: list[TransferOp] = []
@@ -62,6 +80,11 @@ class Leader:
         return self._pool
 
     @property
+    def cascade(self) -> Cascade | None:
+        """What lies below host; None without a disk tier."""
+        return self._cascade
+
+    @property
     def num_slots(self) -> int:
         return len(self._slots)
 
@@ -71,37 +94,52 @@ class Leader:
 
     def has_work(self) -> bool:
         """Whether the engine must keep stepping for ops to be sent or to end."""
-        return bool(self._ledger or self._queued_drains)
+        cascade = self._cascade
+        if cascade is None:
+            return bool(self._ledger or self._queued_drains)
+        num_expected_ops = len(self._ledger) - cascade.num_overdue_ops
+        return bool(num_expected_ops or self._queued_drains or cascade.has_work)
 
     def has_slot(self, request_id: RequestId) -> bool:
         return request_id in self._slots
 
     def create_slot(
-        self, request_id: RequestId, keys: Sequence[BlockHash], num_prompt_tokens: int
+        self,
+        request_id: RequestId,
+        keys: Sequence[BlockHash],
+        num_prompt_tokens: int,
+        priorities: Sequence[int] = (),
     ) -> None:
         """Begin to follow a request. `keys` stays the caller's and grows with the request.
 
+        priorities: of its blocks, for the offload filter; the last one counts for all that follow.
         Raises IllegalTransition for a request that is already followed.
         """
         if request_id in self._slots:
             raise IllegalTransition(f"request {request_id} has a slot already")
-        self._slots[request_id] = Slot(request_id, keys, num_prompt_tokens)
+        slot = Slot(request_id, keys, num_prompt_tokens, priorities=priorities)
+        self._slots[request_id] = slot
 
     def match(self, request_id: RequestId, num_device_tokens: int) -> int | None:
         """Tokens beyond the engine's own `num_device_tokens` that can be loaded now.
 
         A multiple of the block size, up to all complete blocks of the request. None: not yet,
-        another request is bringing the first of these blocks to the device, ask again. Pins
-        nothing and may be repeated. A running request that is matched again was preempted.
+        another request is bringing the first of these blocks to the device, or blocks come up from
+        disk; ask again. Pins nothing and may be repeated. A running request that is matched again
+        was preempted.
         """
         slot = self._slots[request_id]
         if slot.state is SlotState.RUNNING:
             slot.move(SlotEvent.PREEMPTED)
+            slot.promotion = None
         slot.num_device_tokens = num_device_tokens
         start = num_device_tokens // self._block_size
         if self._is_on_its_way(slot, start):
             return None
-        return self._pool.match(slot.keys, start) * self._block_size
+        num_blocks = self._pool.match(slot.keys, start)
+        if self._cascade is not None and self._cascade.awaits(slot, start + num_blocks):
+            return None
+        return num_blocks * self._block_size
 
     def ignore(self, request_id: RequestId) -> None:
         """Cache nothing of a request any more: its keys can't be had."""
@@ -128,6 +166,8 @@ class Leader:
             self._start_load(slot, num_external_tokens, device_ids)
         else:
             slot.move(SlotEvent.ADMITTED)
+        if is_admission and self._cascade is not None:
+            self._cascade.used(slot.keys[start : start + num_external_tokens // self._block_size])
         if is_admission:
             slot.num_written_tokens = 0
             self.counters.num_queried_blocks += max(0, len(slot.keys) - start)
@@ -142,10 +182,11 @@ class Leader:
         *,
         reissued: Iterable[BlockId] = (),
         idle: bool = False,
+        now_seconds: float = 0.0,
     ) -> StepPlan:
         """The plan of one engine step: `note_progress`, then `take_plan`."""
         self.note_progress(progress, device_table, reissued)
-        return self.take_plan(idle=idle)
+        return self.take_plan(idle=idle, now_seconds=now_seconds)
 
     def note_progress(
         self,
@@ -162,22 +203,32 @@ class Leader:
         """
         self._queued_fences |= self._ledger.ops_on(reissued)
         slots, batch = self._slots, OffloadBatch()
+        offloads = self._offloads
         for request_id, num_tokens in progress:
             slot = slots.get(request_id)
             if slot is None:
                 continue
+            self._num_step_tokens += num_tokens - slot.num_written_tokens
             slot.num_written_tokens = num_tokens
             if num_tokens >= slot.next_offload_tokens:
-                self._offload(slot, num_tokens, device_table, batch)
-        self._queue(batch)
+                offloads.plan(slot, num_tokens, device_table, batch)
+        self._queued_ops += offloads.open(batch)
 
-    def take_plan(self, *, idle: bool = False) -> StepPlan:
-        """All that was queued since the last plan. idle: the step has no forward."""
+    def take_plan(self, *, idle: bool = False, now_seconds: float = 0.0) -> StepPlan:
+        """All that was queued since the last plan. idle: the step has no forward. now_seconds: of a
+        clock that never goes back; needed where there is a disk tier."""
+        disk_reset = None
+        if self._cascade is not None:
+            self._cascade.tick(self._num_step_tokens, now_seconds)
+            disk_reset = self._cascade.take_reset()
+            self._queued_ops += self._cascade.take_ops()
+        self._num_step_tokens = 0
         plan = StepPlan(
             ops=tuple(self._queued_ops),
             fences=tuple(sorted(self._queued_fences)),
             drain=tuple(self._queued_drains),
             idle=idle and bool(self._ledger),
+            disk_reset=disk_reset,
         )
         self.counters.num_fences += len(plan.fences)
         self._queued_ops.clear()
@@ -201,10 +252,12 @@ class Leader:
         num_tokens = min(num_computed_tokens, slot.num_written_tokens)
         if slot.state is SlotState.RUNNING and num_tokens >= slot.next_offload_tokens:
             batch = OffloadBatch()
-            self._offload(slot, num_tokens, lambda _: device_ids, batch)
-            self._queue(batch)
+            self._offloads.plan(slot, num_tokens, lambda _: device_ids, batch)
+            self._queued_ops += self._offloads.open(batch)
         if not is_loading:
             self._pool.touch(slot.keys[: slot.num_planned_blocks])
+        if self._cascade is not None:
+            self._cascade.forget(slot)
         slot.move(SlotEvent.FINISHED_BUSY if slot.op_ids else SlotEvent.FINISHED_IDLE)
         if slot.state is SlotState.FINISHED or not self._engine_holds_blocks:
             # An engine that forgets the request may give its name to another one at once.
@@ -248,8 +301,10 @@ class Leader:
     def reset(self) -> None:
         """Forget every cached block, and what running requests computed so far."""
         self.counters.num_dropped_blocks += self._pool.drop(self._pool.ready_keys())
+        if self._cascade is not None:
+            self._cascade.reset()
         for record in self._ledger.records():
-            if not record.op.is_onboard and not record.doomed:
+            if record.op.src.tier is Tier.DEVICE and not record.doomed:
                 record.doomed = True
                 self._pool.orphan(record.keys)
         for slot in self._slots.values():
@@ -281,77 +336,34 @@ class Leader:
             )
         targets = device_ids[start:end]
         host_ids = self._pool.pin(keys)
+        self._pool.touch(keys)
         try:
             slot.move(SlotEvent.LOAD_STARTED)
         except IllegalTransition:
             self._pool.unpin(host_ids)
             raise
-        op = self._ledger.open_onboard((slot.request_id,), keys, host_ids, targets)
+        route = self._pool.tier, Tier.DEVICE
+        op = self._ledger.open(route, keys, host_ids, targets, (slot.request_id,))
         self._loading.update(dict.fromkeys(keys, op.op_id))
         slot.op_ids.add(op.op_id)
         slot.stored.update(keys)
         self._queued_ops.append(op)
 
-    def _offload(
-        self,
-        slot: Slot,
-        num_tokens: int,
-        device_table: Callable[[RequestId], Sequence[BlockId]],
-        batch: OffloadBatch,
-    ) -> None:
-        start = slot.num_planned_blocks
-        end = min(num_tokens // self._block_size, len(slot.keys), self._last_block(slot))
-        if end <= start:
-            return
-        keys = slot.keys[start:end]
-        missing = self._pool.missing(keys)
-        slot.stored.update(keys)
-        slot.num_planned_blocks = end
-        slot.next_offload_tokens = (end + 1) * self._block_size
-        if end == self._last_block(slot):
-            slot.next_offload_tokens = NEVER
-        if missing:
-            table = device_table(slot.request_id)
-            sources = [table[start + i] for i in missing]
-            self._reserve(slot, [keys[i] for i in missing], sources, batch)
-
-    def _reserve(
-        self, slot: Slot, keys: list[BlockHash], sources: list[BlockId], batch: OffloadBatch
-    ) -> None:
-        """Reserve host blocks; what does not fit ends the request's offloads, since blocks beyond
-        a gap could never be matched."""
-        host_ids, evicted = self._pool.reserve(keys, slot.stored.__contains__)
-        self.counters.num_evicted_blocks += len(evicted)
-        num_refused = len(keys) - len(host_ids)
-        if num_refused:
-            self.counters.num_refused_blocks += num_refused
-            slot.next_offload_tokens = NEVER
-        if host_ids:
-            batch.slots.append(slot)
-            batch.keys += keys[: len(host_ids)]
-            batch.host_ids += host_ids
-            batch.device_ids += sources[: len(host_ids)]
-
-    def _queue(self, batch: OffloadBatch) -> None:
-        """One op for a step's offloads: an op costs more than a block of it."""
-        if not batch.slots:
-            return
-        request_ids = tuple([slot.request_id for slot in batch.slots])
-        op = self._ledger.open_offload(request_ids, batch.keys, batch.host_ids, batch.device_ids)
-        for slot in batch.slots:
-            slot.op_ids.add(op.op_id)
-        self._queued_ops.append(op)
-
     def _end(self, record: OpRecord, route: RouteCounters) -> None:
-        self._count_end(record, route)
-        if record.op.is_onboard:
+        count_end(record, route)
+        if not record.op.touches_device:
+            assert self._cascade is not None
+            self._cascade.end(record)
+        elif record.op.is_onboard:
             self._end_load(record)
         elif record.doomed:
-            self._pool.free_orphans(record.host_ids)
+            self._pool.free_orphans(record.dst_ids)
         elif record.error:
             self._pool.abort(record.keys)
         else:
             self._pool.commit(record.keys)
+            if self._cascade is not None:
+                self._cascade.stored(record.keys)
         for slot in self._slots_of(record):
             slot.op_ids.remove(record.op.op_id)
             if slot.state is SlotState.DRAINING and not slot.op_ids:
@@ -359,7 +371,7 @@ class Leader:
                 del self._slots[slot.request_id]
 
     def _end_load(self, record: OpRecord) -> None:
-        self._pool.unpin(record.host_ids)
+        self._pool.unpin(record.src_ids)
         for key in record.keys:
             if self._loading.get(key) == record.op.op_id:
                 del self._loading[key]
@@ -372,25 +384,3 @@ class Leader:
         """Slots that still wait for the op; a namesake of a forgotten request does not."""
         found = [self._slots.get(request_id) for request_id in record.op.request_ids]
         return [slot for slot in found if slot is not None and record.op.op_id in slot.op_ids]
-
-    def _count_end(self, record: OpRecord, route: RouteCounters) -> None:
-        op = record.op
-        route.num_ops += 1
-        if record.error:
-            route.num_failed_ops += 1
-            logger.warning("%s: op %d failed, %s", op.route, op.op_id, record.error)
-            return
-        route.num_blocks += len(record.keys)
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(
-                "%s: op %d moved %d blocks for %s",
-                op.route,
-                op.op_id,
-                len(record.keys),
-                ", ".join(op.request_ids),
-            )
-
-    def _last_block(self, slot: Slot) -> int:
-        if self._offload_generated_blocks:
-            return NEVER
-        return slot.num_prompt_tokens // self._block_size

@@ -8,23 +8,46 @@ if any rank failed. Answers of unknown ops or ranks change nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from kvbm_core.types import BlockHash, BlockId, Blocks, OpId, OpResult, RequestId, Tier, TransferOp
+from kvbm_core.metrics import RouteCounters
+from kvbm_core.types import (
+    BlockHash,
+    BlockId,
+    Blocks,
+    OpId,
+    OpResult,
+    RequestId,
+    Tier,
+    TransferOp,
+    unpack_ids,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class OpRecord:
-    """One op in flight. doomed: an offload whose bytes must not be kept even if it succeeds."""
+    """One op in flight. doomed: its bytes must not be kept even if it succeeds.
+
+    failed: positions that failed on some rank; meaningless without an error.
+    """
 
     op: TransferOp
     keys: Sequence[BlockHash]
-    host_ids: Sequence[BlockId]
-    device_ids: Sequence[BlockId]
+    src_ids: Sequence[BlockId]
+    dst_ids: Sequence[BlockId]
     pending_ranks: set[int]
     error: str = ""
+    failed: set[int] = field(default_factory=set)
     doomed: bool = False
+
+    def split(self) -> tuple[list[BlockHash], list[BlockHash]]:
+        """Keys whose blocks every rank has, and the others."""
+        good = [key for i, key in enumerate(self.keys) if i not in self.failed]
+        return good, [self.keys[i] for i in sorted(self.failed)]
 
 
 class OpLedger:
@@ -42,27 +65,24 @@ class OpLedger:
     def records(self) -> list[OpRecord]:
         return list(self._records.values())
 
-    def open_onboard(
+    def open(
         self,
-        request_ids: tuple[RequestId, ...],
+        route: tuple[Tier, Tier],
         keys: Sequence[BlockHash],
-        host_ids: Sequence[BlockId],
-        device_ids: Sequence[BlockId],
+        src_ids: Sequence[BlockId],
+        dst_ids: Sequence[BlockId],
+        request_ids: tuple[RequestId, ...] = (),
     ) -> TransferOp:
-        """Number and record an op from host to device."""
-        src, dst = Blocks.of(Tier.HOST, host_ids), Blocks.of(Tier.DEVICE, device_ids)
-        return self._open(request_ids, src, dst, keys, host_ids, device_ids)
-
-    def open_offload(
-        self,
-        request_ids: tuple[RequestId, ...],
-        keys: Sequence[BlockHash],
-        host_ids: Sequence[BlockId],
-        device_ids: Sequence[BlockId],
-    ) -> TransferOp:
-        """Number and record an op from device to host."""
-        src, dst = Blocks.of(Tier.DEVICE, device_ids), Blocks.of(Tier.HOST, host_ids)
-        return self._open(request_ids, src, dst, keys, host_ids, device_ids)
+        """Number and record an op along a route (source tier, destination tier)."""
+        src, dst = Blocks.of(route[0], src_ids), Blocks.of(route[1], dst_ids)
+        packed_keys = b"".join(keys) if Tier.DISK in route else b""
+        op = TransferOp(self._next_op_id, request_ids, src, dst, packed_keys)
+        self._next_op_id += 1
+        ranks = set(range(self._num_ranks))
+        self._records[op.op_id] = OpRecord(op, keys, src_ids, dst_ids, ranks)
+        device_ids = _device_ids(route, src_ids, dst_ids)
+        self._op_of_device_block.update(dict.fromkeys(device_ids, op.op_id))
+        return op
 
     def ops_on(self, device_ids: Iterable[BlockId]) -> set[OpId]:
         """Ops in flight that read or write any of these device blocks."""
@@ -78,32 +98,49 @@ class OpLedger:
         """
         record = self._records[result.op_id]
         record.pending_ranks.remove(rank)
-        if not result.ok and not record.error:
-            record.error = f"rank {rank}: {result.error}"
+        if not result.ok:
+            record.error = record.error or f"rank {rank}: {result.error}"
+            # A request takes all of what it loads, or is told that all of it failed.
+            is_whole = record.op.touches_device or not result.failed
+            record.failed.update(range(len(record.keys)) if is_whole else unpack_ids(result.failed))
         has_ended = not record.pending_ranks
         if has_ended:
             self._close(record)
         return record, has_ended
 
-    def _open(
-        self,
-        request_ids: tuple[RequestId, ...],
-        src: Blocks,
-        dst: Blocks,
-        keys: Sequence[BlockHash],
-        host_ids: Sequence[BlockId],
-        device_ids: Sequence[BlockId],
-    ) -> TransferOp:
-        op = TransferOp(self._next_op_id, request_ids, src, dst)
-        self._next_op_id += 1
-        ranks = set(range(self._num_ranks))
-        self._records[op.op_id] = OpRecord(op, keys, host_ids, device_ids, ranks)
-        self._op_of_device_block.update(dict.fromkeys(device_ids, op.op_id))
-        return op
-
     def _close(self, record: OpRecord) -> None:
         op_id = record.op.op_id
         del self._records[op_id]
-        for block_id in record.device_ids:
+        route = record.op.src.tier, record.op.dst.tier
+        for block_id in _device_ids(route, record.src_ids, record.dst_ids):
             if self._op_of_device_block.get(block_id) == op_id:
                 del self._op_of_device_block[block_id]
+
+
+def _device_ids(
+    route: tuple[Tier, Tier], src_ids: Sequence[BlockId], dst_ids: Sequence[BlockId]
+) -> Sequence[BlockId]:
+    if Tier.DEVICE not in route:
+        return ()
+    return src_ids if route[0] is Tier.DEVICE else dst_ids
+
+
+def count_end(record: OpRecord, route: RouteCounters) -> None:
+    """Count and log an op that has all its answers."""
+    op = record.op
+    route.num_ops += 1
+    num_blocks = len(record.keys) - len(record.failed)
+    route.num_blocks += num_blocks
+    if record.error:
+        route.num_failed_ops += 1
+        text = "%s: op %d failed for %d of %d blocks, %s"
+        logger.warning(text, op.route, op.op_id, len(record.failed), len(record.keys), record.error)
+        return
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug(
+            "%s: op %d moved %d blocks for %s",
+            op.route,
+            op.op_id,
+            num_blocks,
+            ", ".join(op.request_ids),
+        )

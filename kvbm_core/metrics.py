@@ -29,7 +29,10 @@ class Counters:
     num_matched_blocks: of these, found and claimed. num_refused_blocks: not offloaded because
     the tier was full. num_evicted_blocks, num_dropped_blocks: left host to make room, or
     because a load failed or the cache was reset. num_fences: ops the engine had to wait for.
-    num_hook_errors: unexpected exceptions turned into "no hit".
+    num_hook_errors: unexpected exceptions turned into "no hit". num_filtered_blocks: not offloaded
+    because the offload filter said no. num_disk_evicted_blocks: left disk to make room.
+    num_bad_blocks: could not be read back from disk, or not with the bytes that were written.
+    num_late_promotions: requests that stopped waiting for disk.
     """
 
     num_queried_blocks: int = 0
@@ -37,6 +40,10 @@ class Counters:
     num_evicted_blocks: int = 0
     num_dropped_blocks: int = 0
     num_refused_blocks: int = 0
+    num_filtered_blocks: int = 0
+    num_disk_evicted_blocks: int = 0
+    num_bad_blocks: int = 0
+    num_late_promotions: int = 0
     num_fences: int = 0
     num_bad_reports: int = 0
     num_hook_errors: int = 0

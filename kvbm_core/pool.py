@@ -63,6 +63,9 @@ class BlockPool:
     def is_ready(self, key: BlockHash) -> bool:
         return key in self._ready
 
+    def is_reserved(self, key: BlockHash) -> bool:
+        return key in self._reserved
+
     def ready_keys(self) -> list[BlockHash]:
         return list(self._ready)
 
@@ -84,6 +87,22 @@ class BlockPool:
         """Indices of those of `keys` that are neither READY nor on their way."""
         ready, reserved = self._ready, self._reserved
         return [i for i, key in enumerate(keys) if key not in ready and key not in reserved]
+
+    def restore(self, entries: Iterable[tuple[BlockHash, BlockId]]) -> None:
+        """FREE → READY for blocks that an earlier process left, least recently used first.
+
+        Raises IllegalTransition unless the pool is empty and every key and id comes once.
+        """
+        entries = list(entries)
+        ready = dict(entries)
+        taken = set(ready.values())
+        if len(self._free) < self.num_blocks or not len(taken) == len(ready) == len(entries):
+            raise IllegalTransition(f"{len(entries)} blocks can't be restored to {self.tier.value}")
+        if taken and not 0 <= min(taken) <= max(taken) < self.num_blocks:
+            raise IllegalTransition(f"ids of restored blocks exceed {self.num_blocks}")
+        self._free = [i for i in range(self.num_blocks - 1, -1, -1) if i not in taken]
+        self._ready = ready
+        self._policy.insert(ready)
 
     def reserve(
         self,
@@ -130,7 +149,7 @@ class BlockPool:
             self._free.append(block_id)
 
     def pin(self, keys: Sequence[BlockHash]) -> list[BlockId]:
-        """Keep READY blocks until `unpin` of the ids returned; counts as a use."""
+        """Keep READY blocks until `unpin` of the ids returned; not a use, see `touch`."""
         try:
             ids = [self._ready[key] for key in keys]
         except KeyError as error:
@@ -138,7 +157,6 @@ class BlockPool:
         pins = self._pins
         for block_id in ids:
             pins[block_id] = pins.get(block_id, 0) + 1
-        self._policy.touch(reversed(keys))
         return ids
 
     def unpin(self, ids: Iterable[BlockId]) -> None:

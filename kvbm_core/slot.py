@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvbm_core.errors import IllegalTransition
-from kvbm_core.types import BlockHash, BlockId, OpId, RequestId
+from kvbm_core.types import BlockHash, OpId, RequestId
 
 NEVER = 2**63
 
@@ -57,6 +57,19 @@ TRANSITIONS: dict[tuple[SlotState, SlotEvent], SlotState] = {
 
 
 @dataclass
+class Promotion:
+    """Blocks of a waiting request that come up from disk.
+
+    op_ids: ops that bring them, its own and others'; None until they are planned. is_over: the
+    request waits no more.
+    """
+
+    op_ids: set[OpId] | None = None
+    deadline_seconds: float = 0.0
+    is_over: bool = False
+
+
+@dataclass
 class Slot:
     """What the leader knows of one request.
 
@@ -67,7 +80,8 @@ class Slot:
     num_written_tokens: whose KV the forwards planned so far produce; an engine's own count may be
     ahead of it while another connector still loads.
     stored: keys of its own prefix, not to be evicted from host for its own tail.
-    op_ids: its ops in flight.
+    op_ids: its ops in flight. promotion: blocks it had brought up from disk since it last began to
+    wait. priorities: of its blocks for the offload filter; beyond the last one, that one counts.
     """
 
     request_id: RequestId
@@ -80,6 +94,8 @@ class Slot:
     num_written_tokens: int = 0
     stored: set[BlockHash] = field(default_factory=set)
     op_ids: set[OpId] = field(default_factory=set)
+    promotion: Promotion | None = None
+    priorities: Sequence[int] = ()
 
     def move(self, event: SlotEvent) -> None:
         """Follow the table. Raises IllegalTransition where it has no such edge."""
@@ -89,16 +105,6 @@ class Slot:
                 f"request {self.request_id} is {self.state.value}: no way on {event.value!r}"
             )
         self.state = target
-
-
-@dataclass
-class OffloadBatch:
-    """Blocks that requests completed in one step, with host blocks reserved for them."""
-
-    slots: list[Slot] = field(default_factory=list)
-    keys: list[BlockHash] = field(default_factory=list)
-    host_ids: list[BlockId] = field(default_factory=list)
-    device_ids: list[BlockId] = field(default_factory=list)
 
 
 def diagram() -> str:

@@ -18,6 +18,9 @@ import msgspec
 BlockHash = NewType("BlockHash", bytes)
 """Key of one block: covers its tokens, every token before them, and the cache namespace."""
 
+KEY_BYTES = 32
+"""Length of a key wherever keys are packed or stored."""
+
 BlockId = int
 """Index of a block inside one tier."""
 
@@ -38,6 +41,7 @@ class Tier(str, Enum):
     REMOTE = "remote"
 
 
+_ORDER = {tier: position for position, tier in enumerate(Tier)}
 _ROUTES = {(src, dst): f"{src.value}_to_{dst.value}" for src in Tier for dst in Tier}
 
 
@@ -79,17 +83,28 @@ class TransferOp(msgspec.Struct, frozen=True, array_like=True):
     """Copy `src[i]` to `dst[i]` for every i, on every rank.
 
     An onboard is for one request; an offload takes along what all requests completed in a step.
+    keys: of the blocks, one after another, KEY_BYTES each; only where the op touches disk.
     """
 
     op_id: OpId
     request_ids: tuple[RequestId, ...]
     src: Blocks
     dst: Blocks
+    keys: bytes = b""
 
     @property
     def is_onboard(self) -> bool:
-        """Whether the op brings blocks up to the device (else it takes them down)."""
+        """Whether the op writes device blocks."""
         return self.dst.tier is Tier.DEVICE
+
+    @property
+    def is_upward(self) -> bool:
+        """Whether the op brings blocks nearer to the device: such ops go first."""
+        return _ORDER[self.dst.tier] < _ORDER[self.src.tier]
+
+    @property
+    def touches_device(self) -> bool:
+        return Tier.DEVICE in (self.src.tier, self.dst.tier)
 
     @property
     def route(self) -> str:
@@ -97,12 +112,16 @@ class TransferOp(msgspec.Struct, frozen=True, array_like=True):
 
 
 class OpResult(msgspec.Struct, frozen=True, array_like=True):
-    """The one terminal result of an op on one rank. `error` is empty exactly when it succeeded."""
+    """The one terminal result of an op on one rank. `error` is empty exactly when it succeeded.
+
+    failed: packed positions in the op of the blocks that failed; empty beside an error: all did.
+    """
 
     op_id: OpId
     num_bytes: int
     seconds: float
     error: str = ""
+    failed: bytes = b""
 
     @property
     def ok(self) -> bool:

@@ -7,15 +7,61 @@ Invariant: `decode_*` returns a message that obeys every bound stated here, or r
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
 
 from kvbm_core.errors import WireError
-from kvbm_core.types import OpId, OpResult, RequestId, TransferOp
+from kvbm_core.types import (
+    KEY_BYTES,
+    BlockHash,
+    BlockId,
+    OpId,
+    OpResult,
+    RequestId,
+    Tier,
+    TransferOp,
+    pack_ids,
+    unpack_ids,
+)
 
 WIRE_VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 2**20
+GENERATION_BYTES = 16
+
+
+class DiskReset(msgspec.Struct, frozen=True, array_like=True):
+    """Every block on disk is void; what comes now belongs to a new generation.
+
+    generation: GENERATION_BYTES. persists: a later process may use blocks of this generation.
+    """
+
+    generation: bytes
+    persists: bool
+
+
+class DiskInventory(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank's disk holds at start, oldest first.
+
+    generation: empty where nothing can be used. keys: KEY_BYTES a block; block_ids: packed.
+    """
+
+    num_blocks: int
+    generation: bytes = b""
+    keys: bytes = b""
+    block_ids: bytes = b""
+
+    @classmethod
+    def of(
+        cls, num_blocks: int, generation: bytes, entries: Sequence[tuple[BlockHash, BlockId]]
+    ) -> DiskInventory:
+        keys = b"".join(key for key, _ in entries)
+        return cls(num_blocks, generation, keys, pack_ids(block_id for _, block_id in entries))
+
+    def ids(self) -> array[int]:
+        return unpack_ids(self.block_ids)
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
@@ -24,6 +70,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     fences: ops that must have ended before this step's forward may write device blocks.
     ops: submitted after the forward. drain: finished requests to report once their ops ended.
     idle: the step has no forward, so a worker may wait a moment instead of spinning.
+    disk_reset: to be done before any op of this plan.
     """
 
     version: int = WIRE_VERSION
@@ -31,9 +78,10 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     fences: tuple[OpId, ...] = ()
     drain: tuple[RequestId, ...] = ()
     idle: bool = False
+    disk_reset: DiskReset | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.ops or self.fences or self.drain or self.idle)
+        return bool(self.ops or self.fences or self.drain or self.idle or self.disk_reset)
 
 
 class WorkerReport(msgspec.Struct, frozen=True, array_like=True):
@@ -61,6 +109,10 @@ def decode_plan(data: bytes) -> StepPlan:
     plan = _decode(_plan_decoder, data)
     for op in plan.ops:
         _check_op(op)
+    if plan.disk_reset is not None and len(plan.disk_reset.generation) != GENERATION_BYTES:
+        raise WireError(
+            f"disk generation of {len(plan.disk_reset.generation)} bytes, not {GENERATION_BYTES}"
+        )
     return plan
 
 
@@ -69,6 +121,9 @@ def decode_report(data: bytes) -> WorkerReport:
     report = _decode(_report_decoder, data)
     if report.rank < 0:
         raise WireError(f"rank {report.rank} of a worker report is negative")
+    for result in report.results:
+        if len(result.failed) % 4:
+            raise WireError(f"op {result.op_id} names failed blocks in {len(result.failed)} bytes")
     return report
 
 
@@ -93,5 +148,8 @@ def _check_op(op: TransferOp) -> None:
             f"op {op.op_id} copies {len(op.src.packed)} bytes of source ids "
             f"to {len(op.dst.packed)} bytes of destination ids"
         )
+    num_key_bytes = len(op.src) * KEY_BYTES if Tier.DISK in (op.src.tier, op.dst.tier) else 0
+    if len(op.keys) != num_key_bytes:
+        raise WireError(f"op {op.op_id} has {len(op.keys)} bytes of keys, not {num_key_bytes}")
     if op.src.tier is op.dst.tier:
         raise WireError(f"op {op.op_id} copies within the {op.src.tier.value} tier")

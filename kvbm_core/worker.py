@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 
+from kvbm_core.storage.disk import DiskStore
 from kvbm_core.transfer.port import TransferEngine
-from kvbm_core.types import BlockId, OpId, OpResult, RequestId, TransferOp
-from kvbm_core.wire import StepPlan, WorkerReport
+from kvbm_core.types import BlockId, OpId, OpResult, RequestId, Tier, TransferOp
+from kvbm_core.wire import DiskReset, StepPlan, WorkerReport
 
 IDLE_WAIT_SECONDS = 0.002
 
@@ -28,10 +29,12 @@ class Worker:
         rank: int,
         transfer: TransferEngine,
         on_close: Callable[[], None] = lambda: None,
+        disk: DiskStore | None = None,
     ) -> None:
         self.rank = rank
         self._transfer = transfer
         self._on_close = on_close
+        self._disk = disk
         self._is_idle_step = False
         self._onboards: list[TransferOp] = []
         self._offloads: list[TransferOp] = []
@@ -41,6 +44,11 @@ class Worker:
         self._received: set[RequestId] = set()
         self._load_errors: set[BlockId] = set()
         self._results: list[OpResult] = []
+
+    @property
+    def disk(self) -> DiskStore | None:
+        """This rank's disk tier."""
+        return self._disk
 
     def begin(self, plan: StepPlan) -> None:
         """Take a step's plan, and wait for its fences: call before the forward writes blocks.
@@ -52,16 +60,16 @@ class Worker:
         """
         self.submit_offloads()
         self._is_idle_step = plan.idle
+        if plan.disk_reset is not None:
+            self._reset_disk(plan.disk_reset)
         for op in plan.ops:
             self._in_flight[op.op_id] = op
-            if op.is_onboard:
-                self._onboards.append(op)
-                continue
-            self._num_offloads.update(op.request_ids)
-            if op.op_id in plan.fences:
+            if not op.touches_device or (op.op_id in plan.fences and not op.is_onboard):
                 self._transfer.submit(op)
             else:
-                self._offloads.append(op)
+                (self._onboards if op.is_onboard else self._offloads).append(op)
+            if op.src.tier is Tier.DEVICE:
+                self._num_offloads.update(op.request_ids)
         self._draining.update(plan.drain)
         if plan.fences:
             self._transfer.wait(plan.fences)
@@ -122,13 +130,16 @@ class Worker:
         self._transfer.close()
         self._on_close()
 
+    def _reset_disk(self, reset: DiskReset) -> None:
+        assert self._disk is not None, "a plan for a disk tier that this rank does not have"
+        self._disk.index.begin_anew(reset.generation, persists=reset.persists)
+
     def _end(self, op: TransferOp, result: OpResult) -> None:
         if op.is_onboard:
             self._received.update(op.request_ids)
             if not result.ok:
                 self._load_errors.update(op.dst.ids())
-            return
-        for request_id in op.request_ids:
+        for request_id in op.request_ids if op.src.tier is Tier.DEVICE else ():
             self._num_offloads[request_id] -= 1
             if not self._num_offloads[request_id]:
                 del self._num_offloads[request_id]

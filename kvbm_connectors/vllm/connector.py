@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 from kvbm_connectors.vllm import compatibility, translate
+from kvbm_connectors.vllm.identity import weights_identity
 from kvbm_connectors.vllm.metadata import KvbmHandshake, KvbmWorkerMetadata
 from kvbm_connectors.vllm.scheduler_side import SchedulerSide
 from kvbm_connectors.vllm.worker_side import WorkerSide
@@ -142,15 +143,19 @@ class DynamoConnector(KVConnectorBase_V1):
 def _scheduler_side(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
     block_size = _block_size(kv_cache_config)
     hash_block_size = getattr(kv_cache_config, "hash_block_size", None) or block_size
+    persists = config.has_disk and config.disk_cache_persist
     return SchedulerSide(
         config,
         block_size=block_size,
         num_ranks=vllm_config.parallel_config.world_size,
-        namespace=translate.namespace_of(vllm_config, block_size),
+        namespace=translate.namespace_of(
+            vllm_config, block_size, weights_identity(vllm_config) if persists else ""
+        ),
         engine_keys=translate.uses_engine_keys(
             config.block_keys,
             vllm_config.cache_config.prefix_caching_hash_algo,
             is_a_hash_a_block=hash_block_size == block_size,
+            persists=persists,
         ),
         prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
     )
@@ -160,13 +165,20 @@ def _worker_side(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> 
     parallel = vllm_config.parallel_config
     tensor, pipeline = get_tp_group(), get_pp_group()
     engines_per_node = max(1, parallel.data_parallel_size_local)
+    block_size = _block_size(kv_cache_config)
+    identity = ""
+    if config.has_disk:
+        namespace = translate.namespace_of(vllm_config, block_size, weights_identity(vllm_config))
+        identity = f"{namespace.model}; keys {namespace.fingerprint()}"
     return WorkerSide(
         config,
-        block_size=_block_size(kv_cache_config),
+        block_size=block_size,
         num_device_blocks=kv_cache_config.num_blocks,
         rank=pipeline.rank_in_group * tensor.world_size + tensor.rank_in_group,
         num_ranks=parallel.world_size,
         ranks_per_node=parallel.local_world_size * engines_per_node,
+        identity=identity,
+        engine_id=str(vllm_config.kv_transfer_config.engine_id),
     )
 
 

@@ -38,8 +38,17 @@ def layout_of(
             regions.append(torch.empty(0, dtype=torch.uint8, device=cache.device).set_(storage))
         planes += _planes_of(name, cache, region_of[storage.data_ptr()], num_blocks)
     dtypes = {str(cache.dtype).removeprefix("torch.") for cache in kv_caches.values()}
-    layout = KvLayout(merge_planes(planes), num_blocks, block_size, "+".join(sorted(dtypes)))
+    orders = sorted({_order_of(cache) for cache in kv_caches.values()})
+    layout = KvLayout(
+        merge_planes(planes), num_blocks, block_size, "+".join(sorted(dtypes)), "+".join(orders)
+    )
     return layout, regions
+
+
+def _order_of(cache: torch.Tensor) -> str:
+    """Axes as they lie in memory, with their lengths: equal bytes mean equal KV only then."""
+    inner = zip(cache.stride()[1:], AXES[1:], cache.shape[1:], strict=True)
+    return " ".join(f"{axis}:{length}" for _, axis, length in sorted(inner, reverse=True))
 
 
 def _planes_of(name: str, cache: torch.Tensor, region: int, num_blocks: int) -> list[Plane]:

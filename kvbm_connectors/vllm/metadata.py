@@ -10,6 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvbm_core.wire import DiskInventory
+
 
 @dataclass
 class KvbmMetadata(KVConnectorMetadata):
@@ -42,3 +44,4 @@ class KvbmHandshake(KVConnectorHandshakeMetadata):
     num_device_blocks: int
     block_bytes: int
     fingerprint: str
+    disk: DiskInventory | None = None

@@ -15,6 +15,7 @@ from typing import Any
 
 from kvbm_connectors.vllm import translate
 from kvbm_connectors.vllm.guard import guarded
+from kvbm_connectors.vllm.identity import Adapters
 from kvbm_connectors.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from kvbm_core.build import build_leader
 from kvbm_core.config import BYTES_PER_GB, KvbmConfig
@@ -52,6 +53,7 @@ class SchedulerSide:
         self._block_size = block_size
         self._num_ranks = num_ranks
         self._namespace = namespace
+        self._adapters = Adapters()
         self._engine_keys = engine_keys
         self._prefix_caching = prefix_caching
         self._num_matched_device_tokens = 0
@@ -92,7 +94,9 @@ class SchedulerSide:
             self._config,
             num_host_blocks=num_host_blocks,
             block_size=self._block_size,
+            block_bytes=max(handshake.block_bytes for handshake in handshakes),
             num_ranks=self._num_ranks,
+            inventories=[h.disk for h in handshakes if h.disk is not None],
             # Holding them would make reset_prefix_cache fail after an offline generate, whose
             # engine takes no further step, and leave KV of old weights on the device.
             engine_holds_blocks=False,
@@ -146,7 +150,8 @@ class SchedulerSide:
         self._note_progress(output)
         if time.monotonic() >= self._next_summary_seconds:
             self._log_summary()
-        plan = self.leader.take_plan(idle=not output.total_num_scheduled_tokens)
+        is_idle = not output.total_num_scheduled_tokens
+        plan = self.leader.take_plan(idle=is_idle, now_seconds=time.monotonic())
         if not plan and not self._stranded:
             return _EMPTY
         return KvbmMetadata(encode(plan) if plan else b"", self._take_stranded())
@@ -219,13 +224,15 @@ class SchedulerSide:
 
     def _create_slot(self, request: Any) -> None:
         keys = self._keys_of(request)
-        self.leader.create_slot(request.request_id, keys, request.num_prompt_tokens)
+        self.leader.create_slot(
+            request.request_id, keys, request.num_prompt_tokens, translate.priorities_of(request)
+        )
 
     def _keys_of(self, request: Any) -> Sequence[BlockHash]:
         if self._engine_keys:
             keys: Sequence[BlockHash] = request.block_hashes
             return keys
-        return translate.chain_of(request, self._namespace)
+        return translate.chain_of(request, self._namespace, self._adapters)
 
     def _announce(self, handshakes: Sequence[KvbmHandshake], num_host_blocks: int) -> None:
         block_bytes = sum(handshake.block_bytes for handshake in handshakes)
@@ -243,7 +250,17 @@ class SchedulerSide:
             "engine" if self._engine_keys else "chain",
             self._config.eviction_policy,
         )
-        if num_host_blocks < num_device_blocks:
+        if self.leader.cascade is not None:
+            disk = self.leader.cascade.disk
+            logger.info(
+                "kvbm: disk tier of %d blocks, %.2f GB over %d rank(s); %d blocks of an earlier "
+                "process are back",
+                disk.num_blocks,
+                disk.num_blocks * block_bytes / BYTES_PER_GB,
+                self._num_ranks,
+                disk.num_ready,
+            )
+        if num_host_blocks < num_device_blocks and not self._config.is_disk_only:
             logger.warning(
                 "the host tier (%d blocks) is smaller than the device cache (%d blocks): what the "
                 "device evicts has mostly left host by then, so offloads cost bandwidth and bring "

@@ -1,4 +1,4 @@
-"""vLLM's objects in `kvbm_core`'s words: pure functions, no state, no policy.
+"""vLLM's objects in `kvbm_core`'s words: functions without policy.
 
 Everything is read by name from vLLM 0.30 to 0.32 (vllm/v1/core/sched/output.py,
 vllm/v1/request.py).
@@ -10,20 +10,23 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kvbm_connectors.vllm.identity import Adapters
+from kvbm_core.errors import ConfigError
 from kvbm_core.hashing import CacheNamespace, PrefixChain
 from kvbm_core.types import BlockHash, BlockId, RequestId
 
 # Algorithms of vLLM's prefix cache whose keys can't be forged; see its CacheConfig.
+PRIORITY_PARAM = "kvbm_priority"
 COLLISION_RESISTANT = frozenset({"sha256", "sha256_cbor"})
 
 
-def namespace_of(vllm_config: Any, block_size: int) -> CacheNamespace:
-    """Identity of what this engine computes."""
+def namespace_of(vllm_config: Any, block_size: int, weights: str = "") -> CacheNamespace:
+    """Identity of what this engine computes. weights: needed where blocks outlive the process."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel = vllm_config.parallel_config
     return CacheNamespace(
         model=str(model.model),
-        revision=str(model.revision or ""),
+        revision=weights or str(model.revision or ""),
         dtype=f"{model.dtype}/{cache.cache_dtype}",
         layout="vllm",
         block_size=block_size,
@@ -31,17 +34,26 @@ def namespace_of(vllm_config: Any, block_size: int) -> CacheNamespace:
     )
 
 
-def uses_engine_keys(choice: str, hash_algorithm: str, *, is_a_hash_a_block: bool) -> bool:
+def uses_engine_keys(
+    choice: str, hash_algorithm: str, *, is_a_hash_a_block: bool, persists: bool
+) -> bool:
     """Whether vLLM's own block hashes are the keys; `choice` is the option `block_keys`.
 
-    is_a_hash_a_block: whether vLLM hashes as many tokens at a time as a block has.
+    is_a_hash_a_block: whether vLLM hashes as many tokens at a time as a block has. persists: keys
+    must be the same after a restart, and vLLM's begin with a random number. Raises ConfigError.
     """
+    if persists:
+        if choice == "engine":
+            problem = "vLLM's block hashes are not the same after a restart"
+            remedy = "Leave it unset, or set DYN_KVBM_DISK_CACHE_PERSIST=false."
+            raise ConfigError("block_keys", choice, problem, remedy)
+        return False
     if choice == "auto":
         return is_a_hash_a_block and hash_algorithm in COLLISION_RESISTANT
     return is_a_hash_a_block and choice == "engine"
 
 
-def chain_of(request: Any, namespace: CacheNamespace) -> Sequence[BlockHash]:
+def chain_of(request: Any, namespace: CacheNamespace, adapters: Adapters) -> Sequence[BlockHash]:
     """Our own keys of a request.
 
     None for one whose prompt is embeddings without identity, or whose tokens may be taken back
@@ -50,10 +62,19 @@ def chain_of(request: Any, namespace: CacheNamespace) -> Sequence[BlockHash]:
     if request.prompt_embeds is not None or request.resumable:
         return ()
     lora = request.lora_request
-    adapter = f"{lora.lora_name}\0{lora.lora_path}" if lora is not None else ""
+    adapter = adapters.identity(lora) if lora is not None else ""
     root = namespace.root(adapter=adapter, salt=request.cache_salt or "")
     content = _content_of(request.mm_features, namespace.block_size)
     return PrefixChain(root, request.all_token_ids, namespace.block_size, content)
+
+
+def priorities_of(request: Any) -> Sequence[int]:
+    """For the offload filter, where more is kept longer: what the request asks for in
+    `kv_transfer_params`, else vLLM's own priority, whose lower numbers go first, turned round."""
+    params = request.kv_transfer_params or {}
+    if (priority := params.get(PRIORITY_PARAM)) is not None:
+        return (int(priority),)
+    return (-request.priority,)
 
 
 def progress_of(output: Any) -> Iterator[tuple[RequestId, int]]:

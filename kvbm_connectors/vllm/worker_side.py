@@ -12,7 +12,7 @@ import torch
 
 from kvbm_connectors.vllm.layout import layout_of
 from kvbm_connectors.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
-from kvbm_core.build import build_worker, count_host_blocks
+from kvbm_core.build import DiskPlace, build_worker, count_disk_blocks, count_host_blocks
 from kvbm_core.config import KvbmConfig
 from kvbm_core.wire import StepPlan, decode_plan, encode
 from kvbm_core.worker import Worker
@@ -21,7 +21,10 @@ _NOTHING = StepPlan()
 
 
 class WorkerSide:
-    """One rank's worker; it exists once vLLM has registered its KV cache tensors."""
+    """One rank's worker; it exists once vLLM has registered its KV cache tensors.
+
+    identity, engine_id: see DiskPlace; needed where there is a disk tier.
+    """
 
     def __init__(
         self,
@@ -32,6 +35,8 @@ class WorkerSide:
         rank: int,
         num_ranks: int,
         ranks_per_node: int,
+        identity: str = "",
+        engine_id: str = "",
     ) -> None:
         self._config = config
         self._block_size = block_size
@@ -39,6 +44,8 @@ class WorkerSide:
         self._rank = rank
         self._num_ranks = num_ranks
         self._ranks_per_node = ranks_per_node
+        self._identity = identity
+        self._engine_id = engine_id
         self._worker: Worker | None = None
         self.handshake: KvbmHandshake | None = None
 
@@ -60,15 +67,30 @@ class WorkerSide:
             ranks_per_node=self._ranks_per_node,
         )
         self._worker = build_worker(
-            self._config, layout, regions, rank=self._rank, num_host_blocks=num_host_blocks
+            self._config,
+            layout,
+            regions,
+            rank=self._rank,
+            num_host_blocks=num_host_blocks,
+            disk=self._disk_place(layout.block_bytes),
         )
+        store = self._worker.disk
         self.handshake = KvbmHandshake(
             self._rank,
             num_host_blocks,
             self._num_device_blocks,
             layout.block_bytes,
             layout.fingerprint(),
+            None if store is None else store.take_inventory(),
         )
+
+    def _disk_place(self, block_bytes: int) -> DiskPlace | None:
+        if not self._config.has_disk:
+            return None
+        num_blocks = count_disk_blocks(
+            self._config, block_bytes=block_bytes, num_ranks=self._num_ranks
+        )
+        return DiskPlace(num_blocks, self._identity, self._engine_id, self._num_ranks)
 
     def begin(self, metadata: Any) -> None:
         """Before the forward and before anything writes device blocks."""

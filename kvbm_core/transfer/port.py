@@ -23,7 +23,8 @@ class TransferEngine(Protocol):
         """Results since the last poll, in the order in which the ops ended."""
 
     def wait(self, op_ids: Collection[OpId]) -> None:
-        """Return when none of these ops is in flight (their results wait for `poll`)."""
+        """Return when none of these ops, which touch the device, is in flight (their results wait
+        for `poll`)."""
 
     def wait_any(self, timeout_seconds: float) -> None:
         """Return when a result waits for `poll`, nothing is in flight, or after the time-out."""

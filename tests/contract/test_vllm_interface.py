@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
 
 from kvbm_connectors.vllm import DynamoConnector, compatibility, plugin, translate
+from kvbm_connectors.vllm.identity import Adapters
 from kvbm_connectors.vllm.layout import layout_of
 from kvbm_core.errors import ConfigError, LayoutMismatch
 from kvbm_core.hashing import CacheNamespace
@@ -124,7 +125,7 @@ def test_only_blocks_that_are_written_anew_count_as_reissued() -> None:
 
 
 def keys(**fields: Any) -> list[bytes]:
-    return list(translate.chain_of(request(list(range(64)), **fields), NAMESPACE))
+    return list(translate.chain_of(request(list(range(64)), **fields), NAMESPACE, Adapters()))
 
 
 def test_own_keys_isolate_lora_salt_and_images() -> None:
@@ -150,18 +151,25 @@ def test_an_image_changes_the_keys_from_its_first_block_on() -> None:
 
 def test_a_prompt_of_embeddings_has_no_keys() -> None:
     embeddings = SimpleNamespace(prompt_embeds=torch.zeros(4, 4))
-    assert list(translate.chain_of(embeddings, NAMESPACE)) == []
+    assert list(translate.chain_of(embeddings, NAMESPACE, Adapters())) == []
 
 
 def test_weak_or_odd_hashes_are_not_trusted_as_keys() -> None:
-    def trusted(choice: str, algorithm: str, *, is_a_hash_a_block: bool = True) -> bool:
-        return translate.uses_engine_keys(choice, algorithm, is_a_hash_a_block=is_a_hash_a_block)
+    def trusted(
+        choice: str, algorithm: str, *, is_a_hash_a_block: bool = True, persists: bool = False
+    ) -> bool:
+        return translate.uses_engine_keys(
+            choice, algorithm, is_a_hash_a_block=is_a_hash_a_block, persists=persists
+        )
 
     assert trusted("auto", "sha256")
     assert trusted("engine", "xxhash")
     assert not trusted("auto", "xxhash")
     assert not trusted("chain", "sha256")
     assert not trusted("engine", "sha256", is_a_hash_a_block=False)
+    assert not trusted("auto", "sha256", persists=True)
+    with pytest.raises(ConfigError, match="DYN_KVBM_DISK_CACHE_PERSIST"):
+        trusted("engine", "sha256", persists=True)
 
 
 def test_tokens_that_may_be_taken_back_have_no_own_keys() -> None:

@@ -40,6 +40,8 @@ def request(**fields: Any) -> SimpleNamespace:
             "num_prompt_tokens": BLOCKS * SIZE,
             "num_computed_tokens": 0,
             "skip_reading_prefix_cache": False,
+            "priority": 0,
+            "kv_transfer_params": None,
             **fields,
         }
     )

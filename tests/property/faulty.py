@@ -131,9 +131,9 @@ class FreesUnderOffloads(Leader):
 class ForgetsDrains(Leader):
     """Never tells the workers which requests the engine waits for."""
 
-    def take_plan(self, *, idle: bool = False) -> StepPlan:
+    def take_plan(self, *, idle: bool = False, now_seconds: float = 0.0) -> StepPlan:
         self._queued_drains.clear()
-        return super().take_plan(idle=idle)
+        return super().take_plan(idle=idle, now_seconds=now_seconds)
 
 
 class KeepsOldWeights(Leader):

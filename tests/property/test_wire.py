@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbm_core.errors import WireError
-from kvbm_core.types import Blocks, OpResult, Tier, TransferOp, pack_ids, unpack_ids
-from kvbm_core.wire import StepPlan, WorkerReport, decode_plan, decode_report, encode
+from kvbm_core.types import KEY_BYTES, Blocks, OpResult, Tier, TransferOp, pack_ids, unpack_ids
+from kvbm_core.wire import (
+    GENERATION_BYTES,
+    DiskReset,
+    StepPlan,
+    WorkerReport,
+    decode_plan,
+    decode_report,
+    encode,
+)
 
 IDS = st.lists(st.integers(0, 2**32 - 1), max_size=6)
 NUMBERS = st.integers(0, 2**63 - 1)
@@ -31,6 +39,7 @@ def ops(draw: st.DrawFn) -> TransferOp:
         draw(NAMES),
         Blocks.of(src, [a for a, _ in pairs]),
         Blocks.of(dst, [b for _, b in pairs]),
+        bytes(KEY_BYTES * len(pairs)) if Tier.DISK in (src, dst) else b"",
     )
 
 
@@ -40,8 +49,19 @@ PLANS = st.builds(
     fences=st.lists(NUMBERS, max_size=3).map(tuple),
     drain=st.lists(st.text(max_size=8), max_size=3).map(tuple),
     idle=st.booleans(),
+    disk_reset=st.none()
+    | st.builds(
+        DiskReset, st.binary(min_size=GENERATION_BYTES, max_size=GENERATION_BYTES), st.booleans()
+    ),
 )
-RESULTS = st.builds(OpResult, NUMBERS, NUMBERS, st.floats(allow_nan=False), st.text(max_size=8))
+RESULTS = st.builds(
+    OpResult,
+    NUMBERS,
+    NUMBERS,
+    st.floats(allow_nan=False),
+    st.text(max_size=8),
+    IDS.map(pack_ids),
+)
 REPORTS = st.builds(WorkerReport, NUMBERS, st.lists(RESULTS, max_size=3).map(tuple))
 DECODERS = pytest.mark.parametrize("decode", [decode_plan, decode_report])
 

@@ -99,14 +99,20 @@ def test_less_than_one_block_is_refused() -> None:
 
 
 def test_a_leader_is_built_as_the_config_says() -> None:
-    leader = build_leader(KvbmConfig(), num_host_blocks=5, block_size=4, num_ranks=3)
+    leader = build_leader(
+        KvbmConfig(), num_host_blocks=5, block_size=4, block_bytes=64, num_ranks=3
+    )
     assert (leader.pool.num_blocks, leader.pool.tier, leader.num_ranks) == (5, Tier.HOST, 3)
 
 
 def test_an_unknown_policy_or_engine_is_refused_when_built() -> None:
     with pytest.raises(ConfigError, match="eviction_policy"):
         build_leader(
-            KvbmConfig(eviction_policy="none"), num_host_blocks=1, block_size=4, num_ranks=1
+            KvbmConfig(eviction_policy="none"),
+            num_host_blocks=1,
+            block_size=4,
+            block_bytes=64,
+            num_ranks=1,
         )
     cache = cpu()
     with pytest.raises(ConfigError, match="transfer_engine"):

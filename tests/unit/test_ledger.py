@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from kvbm_core.ledger import OpLedger
-from kvbm_core.types import BlockHash, OpResult, TransferOp
+from kvbm_core.types import BlockHash, OpResult, Tier, TransferOp
 
+UP, DOWN = (Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST)
 KEYS = [BlockHash(b"k"), BlockHash(b"l")]
 
 
@@ -14,29 +15,29 @@ def ok(op: TransferOp) -> OpResult:
 
 def test_ops_are_numbered_once() -> None:
     ledger = OpLedger(1)
-    first = ledger.open_offload(("a",), KEYS, [0, 1], [5, 6])
+    first = ledger.open(DOWN, KEYS, [5, 6], [0, 1], ("a",))
     ledger.answer(0, ok(first))
-    assert ledger.open_onboard(("b",), KEYS, [0, 1], [5, 6]).op_id == first.op_id + 1
+    assert ledger.open(UP, KEYS, [0, 1], [5, 6], ("b",)).op_id == first.op_id + 1
 
 
 def test_an_op_says_what_it_copies() -> None:
     ledger = OpLedger(1)
-    up = ledger.open_onboard(("a",), KEYS, [0, 1], [5, 6])
-    down = ledger.open_offload(("a",), KEYS, [2, 3], [7, 8])
+    up = ledger.open(UP, KEYS, [0, 1], [5, 6], ("a",))
+    down = ledger.open(DOWN, KEYS, [7, 8], [2, 3], ("a",))
     assert (list(up.src.ids()), list(up.dst.ids()), up.is_onboard) == ([0, 1], [5, 6], True)
     assert (list(down.src.ids()), list(down.dst.ids()), down.is_onboard) == ([7, 8], [2, 3], False)
 
 
 def test_an_op_ends_with_the_last_rank() -> None:
     ledger = OpLedger(3)
-    op = ledger.open_offload(("a",), KEYS, [0, 1], [5, 6])
+    op = ledger.open(DOWN, KEYS, [5, 6], [0, 1], ("a",))
     assert [ledger.answer(rank, ok(op))[1] for rank in (2, 0, 1)] == [False, False, True]
     assert len(ledger) == 0
 
 
 def test_one_failure_fails_the_op_and_the_first_one_is_named() -> None:
     ledger = OpLedger(3)
-    op = ledger.open_offload(("a",), KEYS, [0, 1], [5, 6])
+    op = ledger.open(DOWN, KEYS, [5, 6], [0, 1], ("a",))
     ledger.answer(2, OpResult(op.op_id, 0, 0.0, "first"))
     ledger.answer(0, OpResult(op.op_id, 0, 0.0, "second"))
     record, has_ended = ledger.answer(1, ok(op))
@@ -46,7 +47,7 @@ def test_one_failure_fails_the_op_and_the_first_one_is_named() -> None:
 @pytest.mark.parametrize("rank", [0, 7, -1])
 def test_an_answer_that_nobody_owes_raises_and_changes_nothing(rank: int) -> None:
     ledger = OpLedger(2)
-    op = ledger.open_offload(("a",), KEYS, [0, 1], [5, 6])
+    op = ledger.open(DOWN, KEYS, [5, 6], [0, 1], ("a",))
     ledger.answer(0, ok(op))
     with pytest.raises(KeyError):
         ledger.answer(rank, OpResult(op.op_id, 0, 0.0, "again"))
@@ -61,8 +62,8 @@ def test_an_answer_to_an_unknown_op_raises() -> None:
 
 def test_device_blocks_lead_to_the_ops_that_use_them() -> None:
     ledger = OpLedger(1)
-    first = ledger.open_offload(("a",), KEYS, [0, 1], [5, 6])
-    second = ledger.open_onboard(("b",), KEYS, [2, 3], [7, 8])
+    first = ledger.open(DOWN, KEYS, [5, 6], [0, 1], ("a",))
+    second = ledger.open(UP, KEYS, [2, 3], [7, 8], ("b",))
     assert ledger.ops_on([1, 2, 3]) == set()
     assert ledger.ops_on([5, 7, 9]) == {first.op_id, second.op_id}
     ledger.answer(0, ok(first))
@@ -71,7 +72,7 @@ def test_device_blocks_lead_to_the_ops_that_use_them() -> None:
 
 def test_the_end_of_an_op_does_not_hide_a_later_one_on_its_blocks() -> None:
     ledger = OpLedger(1)
-    first = ledger.open_offload(("a",), KEYS, [0, 1], [5, 6])
-    second = ledger.open_offload(("b",), KEYS, [2, 3], [6, 7])
+    first = ledger.open(DOWN, KEYS, [5, 6], [0, 1], ("a",))
+    second = ledger.open(DOWN, KEYS, [6, 7], [2, 3], ("b",))
     ledger.answer(0, ok(first))
     assert ledger.ops_on([6]) == {second.op_id}

@@ -131,9 +131,10 @@ def test_a_key_dropped_while_pinned_may_come_back_elsewhere() -> None:
     assert (pool.match(KEYS, 0), pool.num_free) == (1, 1)
 
 
-def test_a_pin_counts_as_a_use_and_keeps_head_after_tail() -> None:
+def test_a_touch_counts_as_a_use_and_keeps_head_after_tail() -> None:
     pool = pool_of(3, ready=3)
-    pool.unpin(pool.pin(KEYS[1:3]))
+    pool.unpin(pool.pin(KEYS[:2]))  # which is no use: a write to disk pins as well
+    pool.touch(KEYS[1:3])
     assert pool.reserve(KEYS[10:12])[1] == [KEYS[0], KEYS[2]]
 
 

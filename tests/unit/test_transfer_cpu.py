@@ -140,7 +140,7 @@ def test_an_offload_that_is_waited_for_overtakes_onboards(
     waiting = threading.Thread(target=engine.wait, args=({3},))
     waiting.start()
     with engine._changed:
-        assert engine._changed.wait_for(lambda: not engine._offloads, PATIENCE_SECONDS)
+        assert engine._changed.wait_for(lambda: not engine._down, PATIENCE_SECONDS)
     copier.gate.set()
     waiting.join(PATIENCE_SECONDS)
     results_of(engine, 1, 2)
@@ -195,7 +195,10 @@ def test_a_copy_that_raises_fails_its_op_once_and_not_the_engine(
     engine = open_engine(num_threads=2, piece_blocks=1)
     engine.submit(load(1, *range(6)))
     result = results_of(engine, 1)[1]
-    assert (result.error, result.num_bytes) == ("ValueError: planned failure", 0)
+    assert (result.error, result.num_bytes) == (
+        "ValueError: planned failure",
+        4 * copier.block_bytes,
+    )
     copier.bad = set()
     engine.submit(load(2, 1))
     assert results_of(engine, 2)[2].ok

@@ -1,0 +1,1 @@
+"""Effects: where blocks are kept outside the process's memory."""

@@ -1,0 +1,217 @@
+"""Which block of a data file holds what: one checked record a block, in a file of its own.
+
+    header (4 KiB)  | record 0 | record 1 | …        a record: 64 bytes
+
+Lives here: the header, the records, their checksums. Does not live here: data, locks, file names.
+Invariant: a record is there only while its block's bytes are complete: it is erased before they
+are overwritten and written after them. A record that a crash, another generation or a
+flipped bit made invalid reads as absent. So the order in which a dying machine's pages reach the
+disk does not matter either: bytes that don't belong to their record fail its checksum.
+
+No fsync: what a killed process has written, the kernel still has; a power loss may cost blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
+import xxhash
+
+from kvbm_core.errors import StorageError
+from kvbm_core.types import KEY_BYTES, BlockHash, BlockId
+from kvbm_core.wire import GENERATION_BYTES
+
+FORMAT_VERSION = 1
+HEADER_BYTES = 4096
+_MAGIC = b"KVBMDISK"
+_FRAME = struct.Struct("<8sIQ")  # magic, length and checksum of the header's body
+_FIELDS = struct.Struct(f"<{KEY_BYTES}sQQ8s")  # key, checksum of the data, sequence, generation
+_SEAL = struct.Struct("<Q")
+RECORD_BYTES = _FIELDS.size + _SEAL.size
+_EMPTY = bytes(RECORD_BYTES)
+
+
+class Header(msgspec.Struct, frozen=True):
+    """identity: what must be equal for the blocks to be used, in readable words. persists: a later
+    process may use them. generation: changes whenever all blocks become void."""
+
+    version: int
+    identity: str
+    generation: bytes
+    persists: bool
+
+
+class Entry(NamedTuple):
+    key: BlockHash
+    checksum: int
+
+
+class DiskIndex:
+    """The records of `num_blocks` blocks, mirrored in memory (64 bytes each).
+
+    `put`, `erase`, `get` and `begin_anew` may be called from any thread.
+    """
+
+    def __init__(self, fd: int, num_blocks: int, identity: str) -> None:
+        self._fd = fd
+        self._num_blocks = num_blocks
+        self._identity = identity
+        self._records = bytearray()
+        self._sequence = 0
+        self._is_header_stale = False
+        self._lock = threading.Lock()
+        self.generation = b""
+        self.persists = False
+
+    def open(self) -> str:
+        """Read what an earlier process left; returns why it can't be used, or "".
+
+        Raises StorageError where the file can't be read.
+        """
+        size = HEADER_BYTES + self._num_blocks * RECORD_BYTES
+        try:
+            raw = _read_all(self._fd, size)
+        except OSError as error:
+            raise StorageError(f"cannot read the index of the disk cache: {error}") from error
+        header, problem = _parse_header(raw[:HEADER_BYTES], self._identity)
+        self._records = bytearray(self._num_blocks * RECORD_BYTES)
+        if header is not None:
+            self.generation, self.persists = header.generation, header.persists
+            self._records[: len(raw) - HEADER_BYTES] = raw[HEADER_BYTES:]
+        return problem
+
+    def entries(self) -> list[tuple[BlockHash, BlockId]]:
+        """Valid records in the order in which they were written; of one key, the latest only.
+
+        Records that are not valid are erased from memory.
+        """
+        found: list[tuple[int, BlockHash, BlockId]] = []
+        for block_id in range(self._num_blocks) if self.generation else ():
+            record = self._record(block_id)
+            if record == _EMPTY:
+                continue
+            key, _, sequence, _ = _FIELDS.unpack_from(record)
+            if self._is_valid(record):
+                found.append((sequence, BlockHash(key), block_id))
+            else:
+                self._set(block_id, _EMPTY)
+        found.sort()
+        self._sequence = found[-1][0] if found else 0
+        latest = {key: block_id for _, key, block_id in found}
+        return [(key, block_id) for _, key, block_id in found if latest[key] == block_id]
+
+    def begin_anew(self, generation: bytes, *, persists: bool) -> None:
+        """Void every record at once. Does no I/O: the next `put` writes the header first, and until
+        then a later process finds what was there before, which is still true."""
+        assert len(generation) == GENERATION_BYTES
+        with self._lock:
+            self.generation, self.persists = generation, persists
+            self._records = bytearray(self._num_blocks * RECORD_BYTES)
+            self._sequence, self._is_header_stale = 0, True
+
+    def get(self, block_id: BlockId) -> Entry | None:
+        """What the block holds; None where it holds nothing that can be trusted."""
+        record = self._record(block_id)
+        if record == _EMPTY or not self._is_valid(record):
+            return None
+        key, checksum, _, _ = _FIELDS.unpack_from(record)
+        return Entry(BlockHash(key), checksum)
+
+    def put(
+        self, block_ids: Sequence[BlockId], keys: Sequence[BlockHash], checksums: Sequence[int]
+    ) -> None:
+        """The blocks' bytes are complete. Raises OSError where that can't be written."""
+        with self._lock:
+            if self._is_header_stale:
+                self._write_header()
+            for block_id, key, checksum in zip(block_ids, keys, checksums, strict=True):
+                self._sequence += 1
+                fields = _FIELDS.pack(key, checksum, self._sequence, self.generation[:8])
+                self._set(block_id, fields + _SEAL.pack(xxhash.xxh3_64_intdigest(fields)))
+            self._flush(block_ids)
+
+    def erase(self, block_ids: Sequence[BlockId]) -> None:
+        """The blocks' bytes are void from here on. Raises OSError where that can't be written."""
+        with self._lock:
+            held = [block_id for block_id in block_ids if self._record(block_id) != _EMPTY]
+            for block_id in held:
+                self._set(block_id, _EMPTY)
+            self._flush(held)
+
+    def _write_header(self) -> None:
+        header = Header(FORMAT_VERSION, self._identity, self.generation, self.persists)
+        body = msgspec.msgpack.encode(header)
+        frame = _FRAME.pack(_MAGIC, len(body), xxhash.xxh3_64_intdigest(body))
+        _write_all(self._fd, (frame + body).ljust(HEADER_BYTES, b"\0"), 0)
+        self._is_header_stale = False
+
+    def _record(self, block_id: BlockId) -> bytes:
+        start = block_id * RECORD_BYTES
+        return bytes(self._records[start : start + RECORD_BYTES])
+
+    def _set(self, block_id: BlockId, record: bytes) -> None:
+        start = block_id * RECORD_BYTES
+        self._records[start : start + RECORD_BYTES] = record
+
+    def _is_valid(self, record: bytes) -> bool:
+        fields, (seal,) = record[: _FIELDS.size], _SEAL.unpack_from(record, _FIELDS.size)
+        is_current = fields[-8:] == self.generation[:8]
+        return is_current and bool(seal == xxhash.xxh3_64_intdigest(fields))
+
+    def _flush(self, block_ids: Sequence[BlockId]) -> None:
+        for first, last in runs(sorted(block_ids)):
+            start, end = first * RECORD_BYTES, (last + 1) * RECORD_BYTES
+            _write_all(self._fd, bytes(self._records[start:end]), HEADER_BYTES + start)
+
+
+def runs(ids: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last of each stretch of consecutive numbers; `ids` ascend."""
+    found: list[tuple[int, int]] = []
+    for i in ids:
+        if found and i == found[-1][1] + 1:
+            found[-1] = found[-1][0], i
+        else:
+            found.append((i, i))
+    return found
+
+
+def _parse_header(raw: bytes, identity: str) -> tuple[Header | None, str]:
+    """The header if its blocks may be used, and why not; nothing at all for a new file."""
+    if not raw.strip(b"\0"):
+        return None, ""
+    if len(raw) < HEADER_BYTES or not raw.startswith(_MAGIC):
+        return None, "its index is not one of ours"
+    _, length, seal = _FRAME.unpack_from(raw)
+    body = raw[_FRAME.size : _FRAME.size + length]
+    if len(body) != length or xxhash.xxh3_64_intdigest(body) != seal:
+        return None, "its header is damaged"
+    try:
+        header = msgspec.msgpack.decode(body, type=Header)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return None, f"its header can't be read: {error}"
+    if header.version != FORMAT_VERSION:
+        return None, f"it has format {header.version}, this release writes {FORMAT_VERSION}"
+    if header.identity != identity:
+        return None, f"it belongs to [{header.identity}], this is [{identity}]"
+    if not header.persists:
+        return None, "it was not to be kept"
+    return header, ""
+
+
+def _read_all(fd: int, size: int) -> bytes:
+    parts, offset = [], 0
+    while offset < size and (part := os.pread(fd, min(size - offset, 2**26), offset)):
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
