@@ -33,6 +33,7 @@ FIRST_WAIT_SECONDS = 10.0
 MIN_WAIT_SECONDS = 0.1
 MAX_FAILURES = 3
 PAUSE_SECONDS = 60.0
+SLOW_SECONDS = 10.0
 _UP, _DOWN = (Tier.DISK, Tier.HOST), (Tier.HOST, Tier.DISK)
 
 
@@ -49,12 +50,6 @@ class DiskTier:
     window_blocks: int
     new_generation: Callable[[], bytes]
     can_wait: bool = True
-
-
-@dataclass(frozen=True)
-class _Flight:
-    began_seconds: float
-    deadline_seconds: float
 
 
 class Cascade:
@@ -80,13 +75,13 @@ class Cascade:
         self._queue: OrderedDict[BlockHash, None] = OrderedDict()
         self._asked: dict[RequestId, tuple[Slot, int]] = {}
         self._promoting: dict[BlockHash, OpId] = {}
-        self._flights: dict[OpId, _Flight] = {}
+        self._flights: dict[OpId, float] = {}
         self._num_writing_blocks = 0
         self._num_failures = 0
         self._now_seconds = 0.0
         self._paused_until_seconds = 0.0
         self._is_overdue = False
-        self._is_slow = False
+        self._slow_until_seconds = 0.0
         self._is_choked = False
 
     # Asked by the leader
@@ -113,22 +108,23 @@ class Cascade:
     def awaits(self, slot: Slot, block: int) -> bool:
         """Whether the request should wait for its blocks from `block` on to come up from disk.
 
-        The first answer notes the wish, which the next `take_ops` fulfils.
+        The first answer notes the wish, which the next `take_ops` fulfils. A disk that was too slow
+        for one request is not waited for by others for a while.
         """
         promotion = slot.promotion
         if promotion is None:
             if block >= len(slot.keys) or not self._can_come(slot.keys[block]):
                 return False
-            slot.promotion = promotion = Promotion()
+            slot.promotion = Promotion()
             self._asked[slot.request_id] = slot, block
-        if promotion.is_over or not self._tier.can_wait:
-            return False
-        if promotion.op_ids is None:
-            return not self._is_slow
+            return True
+        if promotion.is_over or promotion.op_ids is None:
+            return not promotion.is_over
         if self._flights.keys().isdisjoint(promotion.op_ids):
             promotion.is_over = True
         elif self._now_seconds > promotion.deadline_seconds:
-            promotion.is_over = self._is_slow = True
+            promotion.is_over = True
+            self._slow_until_seconds = self._now_seconds + SLOW_SECONDS
             self._counters.num_late_promotions += 1
         return not promotion.is_over
 
@@ -139,8 +135,8 @@ class Cascade:
         self._now_seconds = now_seconds
         self.rate.step(num_new_tokens, now_seconds)
         self._tier.admission.tick(now_seconds)
-        oldest = next(iter(self._flights.values()), None)
-        is_overdue = oldest is not None and now_seconds - oldest.began_seconds > DEADLINE_SECONDS
+        oldest_seconds = next(iter(self._flights.values()), now_seconds)
+        is_overdue = now_seconds - oldest_seconds > DEADLINE_SECONDS
         if is_overdue != self._is_overdue:
             self._is_overdue = is_overdue
             if is_overdue:
@@ -215,13 +211,12 @@ class Cascade:
 
     def end(self, record: OpRecord) -> None:
         """An op between host and disk has its last answer."""
-        flight = self._flights.pop(record.op.op_id)
+        del self._flights[record.op.op_id]
         if record.error:
             self._count_failure(record)
         else:
             self._num_failures = 0
         if record.op.is_upward:
-            self._is_slow = self._now_seconds > flight.deadline_seconds
             self._end_promotion(record)
         else:
             self._end_write(record)
@@ -263,7 +258,7 @@ class Cascade:
             return []
         self._num_writing_blocks += len(keys)
         op = self._ledger.open(_DOWN, keys, self._host.pin(keys), disk_ids)
-        self._flights[op.op_id] = _Flight(self._now_seconds, 0.0)
+        self._flights[op.op_id] = self._now_seconds
         return [op]
 
     def _end_write(self, record: OpRecord) -> None:
@@ -280,7 +275,9 @@ class Cascade:
     # Up
 
     def _can_come(self, key: BlockHash) -> bool:
-        return not self._is_overdue and (self.disk.is_ready(key) or key in self._promoting)
+        is_waited_for = self._tier.can_wait and self._now_seconds >= self._slow_until_seconds
+        is_there = self.disk.is_ready(key) or key in self._promoting
+        return is_there and is_waited_for and not self._is_overdue
 
     def _promote(self, slot: Slot, block: int) -> list[TransferOp]:
         """Ops that bring the prefix on from `block`, as far as the tiers and room in host reach.
@@ -288,8 +285,8 @@ class Cascade:
         Blocks that come for somebody else are waited for, not brought twice.
         """
         assert slot.promotion is not None
-        wanted, waited_for = self._reach(slot, block)
-        own_prefix = set(slot.keys[:block])
+        wanted, waited_for, end = self._reach(slot, block)
+        own_prefix = set(slot.keys[:end])
         host_ids, evicted = self._host.reserve(
             wanted, lambda key: key in own_prefix or self.must_stay(key)
         )
@@ -303,17 +300,18 @@ class Cascade:
             sources = self.disk.pin(keys)
             op = self._ledger.open(_UP, keys, sources, targets, (slot.request_id,))
             self._promoting.update(dict.fromkeys(keys, op.op_id))
-            self._flights[op.op_id] = _Flight(self._now_seconds, deadline)
+            self._flights[op.op_id] = self._now_seconds
             ops.append(op)
         self.disk.touch(wanted[: len(host_ids)])
         slot.promotion.op_ids = waited_for | {op.op_id for op in ops}
         slot.promotion.deadline_seconds = deadline
         return ops
 
-    def _reach(self, slot: Slot, block: int) -> tuple[list[BlockHash], set[OpId]]:
-        """Keys to bring from disk for the longest prefix, and ops that bring parts of it."""
+    def _reach(self, slot: Slot, block: int) -> tuple[list[BlockHash], set[OpId], int]:
+        """Keys to bring from disk for the longest prefix, ops that bring parts of it, its end."""
         wanted: list[BlockHash] = []
         waited_for: set[OpId] = set()
+        end = block
         for key in slot.keys[block:]:
             if (op_id := self._promoting.get(key)) is not None:
                 waited_for.add(op_id)
@@ -321,7 +319,8 @@ class Cascade:
                 wanted.append(key)
             elif not self._host.is_ready(key):
                 break
-        return wanted, waited_for
+            end += 1
+        return wanted, waited_for, end
 
     def _patience_seconds(self, num_blocks: int) -> float:
         """What computing these blocks would take."""

@@ -143,19 +143,18 @@ class DynamoConnector(KVConnectorBase_V1):
 def _scheduler_side(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> SchedulerSide:
     block_size = _block_size(kv_cache_config)
     hash_block_size = getattr(kv_cache_config, "hash_block_size", None) or block_size
-    persists = config.has_disk and config.disk_cache_persist
     return SchedulerSide(
         config,
         block_size=block_size,
         num_ranks=vllm_config.parallel_config.world_size,
         namespace=translate.namespace_of(
-            vllm_config, block_size, weights_identity(vllm_config) if persists else ""
+            vllm_config, block_size, weights_identity(vllm_config) if config.has_disk else ""
         ),
         engine_keys=translate.uses_engine_keys(
             config.block_keys,
             vllm_config.cache_config.prefix_caching_hash_algo,
             is_a_hash_a_block=hash_block_size == block_size,
-            persists=persists,
+            has_disk=config.has_disk,
         ),
         prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
     )

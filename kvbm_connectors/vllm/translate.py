@@ -35,18 +35,17 @@ def namespace_of(vllm_config: Any, block_size: int, weights: str = "") -> CacheN
 
 
 def uses_engine_keys(
-    choice: str, hash_algorithm: str, *, is_a_hash_a_block: bool, persists: bool
+    choice: str, hash_algorithm: str, *, is_a_hash_a_block: bool, has_disk: bool
 ) -> bool:
     """Whether vLLM's own block hashes are the keys; `choice` is the option `block_keys`.
 
-    is_a_hash_a_block: whether vLLM hashes as many tokens at a time as a block has. persists: keys
+    is_a_hash_a_block: whether vLLM hashes as many tokens at a time as a block has. has_disk: keys
     must be the same after a restart, and vLLM's begin with a random number. Raises ConfigError.
     """
-    if persists:
+    if has_disk:
         if choice == "engine":
-            problem = "vLLM's block hashes are not the same after a restart"
-            remedy = "Leave it unset, or set DYN_KVBM_DISK_CACHE_PERSIST=false."
-            raise ConfigError("block_keys", choice, problem, remedy)
+            problem = "vLLM's block hashes can't name blocks on disk: a restart changes them"
+            raise ConfigError("block_keys", choice, problem, "Leave it unset.")
         return False
     if choice == "auto":
         return is_a_hash_a_block and hash_algorithm in COLLISION_RESISTANT

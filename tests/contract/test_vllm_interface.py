@@ -156,10 +156,10 @@ def test_a_prompt_of_embeddings_has_no_keys() -> None:
 
 def test_weak_or_odd_hashes_are_not_trusted_as_keys() -> None:
     def trusted(
-        choice: str, algorithm: str, *, is_a_hash_a_block: bool = True, persists: bool = False
+        choice: str, algorithm: str, *, is_a_hash_a_block: bool = True, has_disk: bool = False
     ) -> bool:
         return translate.uses_engine_keys(
-            choice, algorithm, is_a_hash_a_block=is_a_hash_a_block, persists=persists
+            choice, algorithm, is_a_hash_a_block=is_a_hash_a_block, has_disk=has_disk
         )
 
     assert trusted("auto", "sha256")
@@ -167,9 +167,9 @@ def test_weak_or_odd_hashes_are_not_trusted_as_keys() -> None:
     assert not trusted("auto", "xxhash")
     assert not trusted("chain", "sha256")
     assert not trusted("engine", "sha256", is_a_hash_a_block=False)
-    assert not trusted("auto", "sha256", persists=True)
-    with pytest.raises(ConfigError, match="DYN_KVBM_DISK_CACHE_PERSIST"):
-        trusted("engine", "sha256", persists=True)
+    assert not trusted("auto", "sha256", has_disk=True)
+    with pytest.raises(ConfigError, match="restart"):
+        trusted("engine", "sha256", has_disk=True)
 
 
 def test_tokens_that_may_be_taken_back_have_no_own_keys() -> None:

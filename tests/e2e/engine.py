@@ -77,9 +77,18 @@ class EngineProcess:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`function(llm, …)` in the child; a module-level function, its result pickles."""
+        self.send(function, *args, **kwargs)
+        return self._receive()
+
+    def send(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Begin `function(llm, …)` in the child and don't wait for it."""
         self.wait_ready()
         self._pipe.send((function, args, kwargs))
-        return self._receive()
+
+    def kill(self) -> None:
+        """As `kill -9` does."""
+        self._process.kill()
+        self._process.join()
 
     def close(self) -> None:
         if self._process.is_alive():

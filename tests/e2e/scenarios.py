@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tests import disk_faults
 from tests.faults import CONTROL
 
 Prompt = Sequence[int]
@@ -27,6 +28,11 @@ class Seen:
     num_failed_ops: int = 0
     num_fences: int = 0
     num_onboard_ops: int = 0
+    num_promoted_blocks: int = 0
+    num_written_blocks: int = 0
+    num_bad_blocks: int = 0
+    num_late_promotions: int = 0
+    num_filtered_blocks: int = 0
     num_preemptions: int = 0
 
 
@@ -87,12 +93,13 @@ def drain(llm: Any) -> None:
 def idle_state(llm: Any) -> dict[str, int]:
     """What must all be 0 when nothing runs."""
     leader, pool = leader_of(llm), leader_of(llm).pool
+    disk = leader.cascade.disk if leader.cascade is not None else pool
     block_pool = engine_core(llm).scheduler.kv_cache_manager.block_pool
     return {
         "slots": leader.num_slots,
         "ops": leader.num_ops_in_flight,
-        "pinned": pool.num_pinned,
-        "reserved": pool.num_reserved,
+        "pinned": pool.num_pinned + disk.num_pinned,
+        "reserved": pool.num_reserved + disk.num_reserved,
         "requests": len(engine_core(llm).scheduler.requests),
         "device blocks in use": block_pool.num_gpu_blocks - 1 - block_pool.get_num_free_blocks(),
         "host blocks lost": pool.num_blocks - pool.num_free - pool.num_ready,
@@ -121,6 +128,10 @@ def reset_all_caches(llm: Any) -> bool:
 
 def num_ready(llm: Any) -> int:
     return int(leader_of(llm).pool.num_ready)
+
+
+def num_on_disk(llm: Any) -> int:
+    return int(leader_of(llm).cascade.disk.num_ready)
 
 
 def engine_core(llm: Any) -> Any:
@@ -169,6 +180,11 @@ def _counts(llm: Any) -> dict[str, int]:
         "num_failed_ops": counters.num_failed_ops,
         "num_fences": counters.num_fences,
         "num_onboard_ops": counters.routes["host_to_device"].num_ops,
+        "num_promoted_blocks": counters.routes["disk_to_host"].num_blocks,
+        "num_written_blocks": counters.routes["host_to_disk"].num_blocks,
+        "num_bad_blocks": counters.num_bad_blocks,
+        "num_late_promotions": counters.num_late_promotions,
+        "num_filtered_blocks": counters.num_filtered_blocks,
     }
 
 
@@ -283,3 +299,39 @@ def set_up(llm: Any) -> dict[str, Any]:
 
 def num_host_blocks(llm: Any) -> int:
     return int(leader_of(llm).pool.num_blocks)
+
+
+def forget_host(llm: Any) -> None:
+    """Have neither device nor host know what is on disk."""
+    assert reset_device_cache(llm)
+    pool = leader_of(llm).pool
+    pool.drop(pool.ready_keys())
+
+
+def shut_down(llm: Any) -> None:
+    engine_core(llm).shutdown()
+
+
+def control_disk(llm: Any, **settings: int) -> None:
+    """Have the faulty disk work again, then set these attributes of its control."""
+    disk_faults.CONTROL.reset()
+    for name, value in settings.items():
+        assert hasattr(disk_faults.CONTROL, name)
+        setattr(disk_faults.CONTROL, name, value)
+
+
+def close_gate(llm: Any) -> None:
+    """From here on every call to the disk hangs."""
+    disk_faults.CONTROL.gate.clear()
+
+
+def open_gate(llm: Any) -> None:
+    """Let what hangs end, and the leader hear of it."""
+    disk_faults.CONTROL.gate.set()
+    drain(llm)
+
+
+def end_pause(llm: Any) -> None:
+    """Let the time pass for which a disk that failed or was slow is left alone."""
+    cascade = leader_of(llm).cascade
+    cascade._paused_until_seconds = cascade._slow_until_seconds = 0.0
