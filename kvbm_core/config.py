@@ -45,7 +45,7 @@ class KvbmConfig:
     block_keys: ``engine`` (the engine's own hashes), ``chain`` (ours), or ``auto``.
 
     disk_cache_gb, disk_cache_override_num_blocks: disk tier, as for host; without either there is
-    none. disk_cache_dir: an existing directory; None: the system's temporary one.
+    none (0 says so too). disk_cache_dir: an existing directory; None: the system's temporary one.
     disk_cache_persist: a restart finds the blocks. disk_zerofill_fallback: write zeros where the
     filesystem can't reserve space. disk_disable_o_direct: go through the page cache. disk_engine:
     a built-in name, ``module:name``, or ``auto``. disk_offload_filter, host_offload_filter: what
@@ -156,6 +156,11 @@ def _count(source: str, raw: Any) -> int:
     return int(value)
 
 
+def _unless_zero(parse: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """KVBM's way to say "none", its default."""
+    return lambda source, raw: parse(source, raw) if str(raw).strip() not in ("0", "0.0") else None
+
+
 def _boolean(source: str, raw: Any) -> bool:
     text = str(raw).strip().lower()
     if text in ("1", "true", "yes", "on"):
@@ -196,8 +201,8 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "max_concurrent_transfers": _count,
     "max_transfer_batch_size": _count,
     "offload_generated_blocks": _boolean,
-    "disk_cache_gb": _gigabytes,
-    "disk_cache_override_num_blocks": _count,
+    "disk_cache_gb": _unless_zero(_gigabytes),
+    "disk_cache_override_num_blocks": _unless_zero(_count),
     "disk_cache_dir": _text,
     "disk_cache_persist": _boolean,
     "disk_zerofill_fallback": _boolean,

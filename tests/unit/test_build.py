@@ -1,18 +1,28 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from kvbm_core import host_memory
-from kvbm_core.build import ENGINES, build_leader, build_worker, count_host_blocks, named
+from kvbm_core.build import (
+    ENGINES,
+    DiskPlace,
+    build_leader,
+    build_worker,
+    count_disk_blocks,
+    count_host_blocks,
+    named,
+)
 from kvbm_core.config import KvbmConfig
 from kvbm_core.errors import ConfigError
 from kvbm_core.eviction import POLICIES, Lru
+from kvbm_core.leader import Leader
 from kvbm_core.transfer.cpu import CpuTransferEngine
-from kvbm_core.types import Blocks, Tier, TransferOp
-from kvbm_core.wire import StepPlan
+from kvbm_core.types import KEY_BYTES, BlockHash, Blocks, Tier, TransferOp
+from kvbm_core.wire import GENERATION_BYTES, DiskInventory, StepPlan
 from tests.unit.tensors import NUM_BLOCKS, cpu
 
 GB = 10**9
@@ -160,3 +170,90 @@ def test_an_engine_for_another_device_is_refused(engine: str) -> None:
     elsewhere = [torch.empty(region.numel(), device="meta") for region in cache.regions]
     with pytest.raises(ConfigError, match="which is on meta"):
         ENGINES[engine](KvbmConfig(), cache.layout, elsewhere, torch.empty(1))
+
+
+def count_disk(**options: Any) -> int:
+    config = KvbmConfig.load(env={}, options=options)
+    return count_disk_blocks(config, block_bytes=10**6, num_ranks=2)
+
+
+def test_a_disk_in_gb_is_summed_over_ranks_in_aligned_blocks() -> None:
+    extent_bytes = -(-(10**6) // 4096) * 4096
+    assert count_disk(disk_cache_gb=4) == 2 * GB // extent_bytes
+    assert count_disk(disk_cache_gb=4, disk_cache_override_num_blocks=7) == 7
+    assert count_disk() == 0
+
+
+def test_a_disk_below_one_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"disk_cache_gb.*less than one block"):
+        count_disk(disk_cache_gb=0.001)
+
+
+def test_disk_alone_passes_through_little_host_memory(memory: None) -> None:
+    assert count(disk_cache_gb=100) == 800  # a tenth of what is free, below 1 GiB
+    assert count(disk_cache_override_num_blocks=5) == 5  # no more than the disk holds
+    assert count(num_ranks=4, disk_cache_gb=100) == 2**30 // 4 // 10**6
+
+
+def inventory(generation: bytes, *block_ids: int) -> DiskInventory:
+    keys = [BlockHash(bytes([i]) * KEY_BYTES) for i in block_ids]
+    return DiskInventory.of(10, generation, list(zip(keys, block_ids, strict=True)))
+
+
+def leader_of(*inventories: DiskInventory, **options: Any) -> Leader:
+    config = KvbmConfig.load(env={}, options={"disk_cache_gb": 1, **options})
+    return build_leader(
+        config,
+        num_host_blocks=5,
+        block_size=4,
+        block_bytes=64,
+        num_ranks=len(inventories),
+        inventories=inventories,
+    )
+
+
+def test_what_all_ranks_have_is_restored() -> None:
+    generation = b"g" * GENERATION_BYTES
+    leader = leader_of(inventory(generation, 1, 2, 3), inventory(generation, 2, 3, 4))
+    assert leader.cascade is not None
+    assert leader.cascade.disk.num_ready == 2
+    assert leader.take_plan().disk_reset is None
+
+
+@pytest.mark.parametrize("persist", [True, False])
+def test_ranks_that_disagree_begin_anew(persist: bool) -> None:
+    first, second = b"g" * GENERATION_BYTES, b"h" * GENERATION_BYTES
+    leader = leader_of(inventory(first, 1), inventory(second, 1), disk_cache_persist=persist)
+    reset = leader.take_plan().disk_reset
+    assert leader.cascade is not None
+    assert leader.cascade.disk.num_ready == 0
+    assert reset is not None
+    assert reset.persists == persist
+    assert reset.generation not in (first, second)
+
+
+def test_without_persistence_nothing_is_restored() -> None:
+    generation = b"g" * GENERATION_BYTES
+    leader = leader_of(inventory(generation, 1), disk_cache_persist=False)
+    assert leader.cascade is not None
+    assert leader.cascade.disk.num_ready == 0
+
+
+@pytest.mark.parametrize("option", ["disk_offload_filter", "host_offload_filter", "disk_engine"])
+def test_an_unknown_filter_or_disk_engine_is_refused_when_built(
+    option: str, tmp_path: Path
+) -> None:
+    sizes = {"disk_cache_gb": 1, "cpu_cache_gb": 1, "disk_cache_dir": str(tmp_path)}
+    config = KvbmConfig.load(env={}, options={**sizes, option: "none"})
+    cache = cpu()
+    with pytest.raises(ConfigError, match=option):
+        build_leader(
+            config,
+            num_host_blocks=1,
+            block_size=4,
+            block_bytes=64,
+            num_ranks=1,
+            inventories=[inventory(b"")],
+        )
+        place = DiskPlace(4, "test", "test", 1)
+        build_worker(config, cache.layout, cache.regions, rank=0, num_host_blocks=2, disk=place)

@@ -172,3 +172,28 @@ def test_an_error_names_option_value_problem_and_remedy() -> None:
 def test_a_config_is_frozen() -> None:
     with pytest.raises(AttributeError):
         setattr(load(), fields(KvbmConfig)[0].name, 1)
+
+
+@pytest.mark.parametrize("option", ["disk_cache_gb", "disk_cache_override_num_blocks"])
+@pytest.mark.parametrize("value", [0, "0", 0.0, " 0 "])
+def test_a_disk_of_nothing_is_none(option: str, value: Any) -> None:
+    config = load(**{option: value})
+    assert (config.has_disk, config.is_disk_only) == (False, False)
+
+
+@pytest.mark.parametrize("option", ["disk_cache_gb", "disk_cache_override_num_blocks"])
+@pytest.mark.parametrize("value", [-1, "x", "nan"])
+def test_a_disk_size_that_is_none_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=option):
+        load(**{option: value})
+
+
+def test_a_disk_without_a_host_size_is_disk_only() -> None:
+    assert load({"DYN_KVBM_DISK_CACHE_GB": "8"}).is_disk_only
+    assert not load({"DYN_KVBM_DISK_CACHE_GB": "8"}, cpu_cache_gb=4).is_disk_only
+
+
+def test_a_priority_may_be_any_whole_number() -> None:
+    assert load(host_offload_prefix_min_priority="-5").host_offload_prefix_min_priority == -5
+    with pytest.raises(ConfigError, match="whole number"):
+        load(host_offload_prefix_min_priority=1.5)

@@ -1,0 +1,115 @@
+"""What names the weights, so that a cache on disk is never taken for another model's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvbm_connectors.vllm import identity, translate
+from kvbm_connectors.vllm.identity import Adapters, weights_identity
+
+
+class Config(SimpleNamespace):
+    """Of a model, as far as it is read; `_commit_hash` as transformers sets it for a hub's."""
+
+    def to_json_string(self) -> str:
+        return f"config {self.name}"
+
+
+def vllm_config(model: str | Path, commit: str | None = None, **changes: Any) -> SimpleNamespace:
+    hf_config = Config(name=changes.get("hf_config", "a"), _commit_hash=commit)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=str(model),
+            hf_config=hf_config,
+            quantization=changes.get("quantization"),
+            seed=changes.get("seed", 0),
+        ),
+        cache_config=SimpleNamespace(calculate_kv_scales=changes.get("dynamic_scales", False)),
+        load_config=SimpleNamespace(load_format=changes.get("load_format", "auto")),
+        speculative_config=changes.get("speculative"),
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_the_same_files_are_the_same_weights(model: Path) -> None:
+    assert weights_identity(vllm_config(model)) == weights_identity(vllm_config(model))
+
+
+def test_weights_written_anew_in_the_same_place_are_others(model: Path) -> None:
+    before = weights_identity(vllm_config(model))
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert weights_identity(vllm_config(model)) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hf_config": "b"},
+        {"quantization": "fp8"},
+        {"load_format": "dummy"},
+        {"dynamic_scales": True},
+        {
+            "speculative": SimpleNamespace(
+                draft_model_config=SimpleNamespace(
+                    model="draft", hf_config=Config(name="d", _commit_hash="c0ffee")
+                )
+            )
+        },
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_changes_the_kv_changes_the_identity(model: Path, change: dict[str, Any]) -> None:
+    assert weights_identity(vllm_config(model, **change)) != weights_identity(vllm_config(model))
+
+
+def test_random_weights_are_known_by_their_seed(model: Path) -> None:
+    first, second = (vllm_config(model, load_format="dummy", seed=seed) for seed in (1, 2))
+    assert weights_identity(first) != weights_identity(second)
+
+
+def test_a_hub_s_model_is_known_by_its_commit() -> None:
+    first = weights_identity(vllm_config("org/model", commit="1"))
+    assert weights_identity(vllm_config("org/model", commit="1")) == first
+    assert weights_identity(vllm_config("org/model", commit="2")) != first
+
+
+def test_what_has_no_files_and_no_commit_is_known_to_this_process_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = weights_identity(vllm_config("org/model"))
+    monkeypatch.setattr(identity, "_THIS_PROCESS", "another")
+    assert weights_identity(vllm_config("org/model")) != before
+
+
+def lora(path: Path, name: str = "adapter", number: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(lora_name=name, lora_path=str(path), lora_int_id=number)
+
+
+def test_an_adapter_trained_on_in_the_same_folder_is_another(model: Path) -> None:
+    before = Adapters().identity(lora(model))
+    assert Adapters().identity(lora(model)) == before
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert Adapters().identity(lora(model)) != before
+
+
+def request(priority: int = 0, params: dict[str, Any] | None = None) -> SimpleNamespace:
+    return SimpleNamespace(priority=priority, kv_transfer_params=params)
+
+
+def test_requests_that_vllm_serves_first_have_the_higher_priority() -> None:
+    assert translate.priorities_of(request(-3)) > translate.priorities_of(request(0))
+
+
+def test_a_request_may_say_its_priority_itself() -> None:
+    assert translate.priorities_of(request(7, {"kvbm_priority": 50})) == (50,)
