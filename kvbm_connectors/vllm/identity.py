@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm
+from vllm.platforms import current_platform
 
 logger = logging.getLogger("kvbm_connectors.vllm")
 
@@ -27,6 +28,7 @@ def weights_identity(vllm_config: Any) -> str:
     load = vllm_config.load_config
     parts = [
         vllm.__version__,
+        _kernels(vllm_config),
         _source(str(model.model), _commit_of(model)),
         model.hf_config.to_json_string(),
         str(model.quantization),
@@ -51,6 +53,16 @@ class Adapters:
         if key not in self._known:
             self._known[key] = f"{lora.lora_name}\0{lora.lora_path}\0{_source(lora.lora_path, '')}"
         return self._known[key]
+
+
+def _kernels(vllm_config: Any) -> str:
+    """What chooses the attention kernels, which lay out a page each in its own way: vLLM's CPU
+    kernels do by the CPU's instructions (v1/attention/backends/cpu_attn.py, 0.32)."""
+    parts = [current_platform.get_device_name(), vllm_config.attention_config.compute_hash()]
+    if current_platform.is_cpu():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        parts += sorted({line for line in lines if line.startswith(("flags", "Features"))})
+    return "\0".join(parts)
 
 
 def _source(name: str, commit: str) -> str:

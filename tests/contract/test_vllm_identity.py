@@ -32,6 +32,7 @@ def vllm_config(model: str | Path, commit: str | None = None, **changes: Any) ->
         cache_config=SimpleNamespace(calculate_kv_scales=changes.get("dynamic_scales", False)),
         load_config=SimpleNamespace(load_format=changes.get("load_format", "auto")),
         speculative_config=changes.get("speculative"),
+        attention_config=SimpleNamespace(compute_hash=lambda: changes.get("attention", "auto")),
     )
 
 
@@ -59,6 +60,7 @@ def test_weights_written_anew_in_the_same_place_are_others(model: Path) -> None:
         {"quantization": "fp8"},
         {"load_format": "dummy"},
         {"dynamic_scales": True},
+        {"attention": "another"},
         {
             "speculative": SimpleNamespace(
                 draft_model_config=SimpleNamespace(
@@ -71,6 +73,12 @@ def test_weights_written_anew_in_the_same_place_are_others(model: Path) -> None:
 )
 def test_whatever_changes_the_kv_changes_the_identity(model: Path, change: dict[str, Any]) -> None:
     assert weights_identity(vllm_config(model, **change)) != weights_identity(vllm_config(model))
+
+
+def test_another_cpu_s_kernels_are_others(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = weights_identity(vllm_config(model))
+    monkeypatch.setattr(identity.Path, "read_text", lambda self, encoding: "flags: amx_tile\n")
+    assert weights_identity(vllm_config(model)) != before
 
 
 def test_random_weights_are_known_by_their_seed(model: Path) -> None:
