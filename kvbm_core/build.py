@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from kvbm_core.leader import Leader
 from kvbm_core.pool import BlockPool
 from kvbm_core.restore import agreed_blocks
 from kvbm_core.storage.disk import ALIGNMENT, DiskOptions, DiskStore
+from kvbm_core.transfer import disk_probe, nixl_posix
 from kvbm_core.transfer.cpu import CpuTransferEngine
 from kvbm_core.transfer.cuda import CudaTransferEngine
-from kvbm_core.transfer.disk import BlockIo, DiskTransferEngine, PreadIo
+from kvbm_core.transfer.disk import BlockFile, BlockIo, DiskTransferEngine, PreadIo
 from kvbm_core.transfer.pages import ForeachCopier, cpu_copier
 from kvbm_core.transfer.port import TransferEngine
 from kvbm_core.transfer.router import RoutedTransfer
@@ -77,13 +79,28 @@ def cuda_engine(
 ENGINES: dict[str, EngineFactory] = {"cpu": cpu_engine, "cuda": cuda_engine}
 
 
-def pread_io(config: KvbmConfig, store: DiskStore, host: torch.Tensor) -> BlockIo:
+def pread_io(config: KvbmConfig, file: BlockFile, host: torch.Tensor) -> BlockIo:
     """pread and pwrite."""
-    return PreadIo(store, host)
+    return PreadIo(file, host)
 
 
-DISK_ENGINES: dict[str, Callable[[KvbmConfig, DiskStore, torch.Tensor], BlockIo]] = {
-    "threads": pread_io
+def nixl_io(config: KvbmConfig, file: BlockFile, host: torch.Tensor) -> BlockIo:
+    """NIXL's POSIX plugin: io_uring, or AIO."""
+    return nixl_posix.NixlIo(file, host)
+
+
+def nixl_gds_io(config: KvbmConfig, file: BlockFile, host: torch.Tensor) -> BlockIo:
+    """NIXL's GPUDirect Storage; never measured, so only where it is named."""
+    return nixl_posix.NixlIo(file, host, backend="GDS_MT")
+
+
+DiskIoFactory = Callable[[KvbmConfig, BlockFile, torch.Tensor], BlockIo]
+"""(config, file, host arena) → what moves blocks between the two."""
+
+DISK_ENGINES: dict[str, DiskIoFactory] = {
+    "threads": pread_io,
+    "nixl": nixl_io,
+    "nixl_gds": nixl_gds_io,
 }
 
 
@@ -207,7 +224,7 @@ def _open_disk(
         num_ranks=place.num_ranks,
     )
     store.open()
-    name = "threads" if config.disk_engine == "auto" else config.disk_engine
+    name = _fastest_disk(config, store) if config.disk_engine == "auto" else config.disk_engine
     io = named(DISK_ENGINES, name, "disk_engine")(config, store, arena.tensor)
     engine = DiskTransferEngine(
         store,
@@ -218,6 +235,14 @@ def _open_disk(
     )
     engine.open()
     return store, engine
+
+
+def _fastest_disk(config: KvbmConfig, store: DiskStore) -> str:
+    names = ["threads", "nixl"] if nixl_posix.is_installed() else ["threads"]
+    if len(names) == 1:
+        return names[0]
+    candidates = {name: partial(DISK_ENGINES[name], config) for name in names}
+    return disk_probe.fastest(candidates, store, num_threads=config.max_concurrent_transfers)
 
 
 def count_disk_blocks(config: KvbmConfig, *, block_bytes: int, num_ranks: int) -> int:

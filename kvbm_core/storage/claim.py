@@ -62,15 +62,13 @@ def claim(directory: Path, *, engine: str, rank: int) -> Claim:
             continue
         stem = f"{PREFIX}{number}-r{rank}"
         index_path = directory / f"{stem}.index"
-        index_fd = _open_own(index_path)
-        if index_fd is not None and _try_lock(index_fd, fcntl.LOCK_EX):
-            return Claim(number, directory / f"{stem}.data", index_path, lock_fd, index_fd)
+        index_fd = _lock_own(index_path)
         if index_fd is not None:
-            os.close(index_fd)
+            return Claim(number, directory / f"{stem}.data", index_path, lock_fd, index_fd)
         os.close(lock_fd)
     raise StorageError(
-        f"{directory} already serves {MAX_SETS} engines: give this one a directory of its own with "
-        "DYN_KVBM_DISK_CACHE_DIR"
+        f"{directory} already serves {MAX_SETS} engines, or other users: give this one a directory "
+        "of its own with DYN_KVBM_DISK_CACHE_DIR"
     )
 
 
@@ -80,13 +78,11 @@ def remove_foreign_ranks(directory: Path, set_number: int, num_ranks: int) -> No
         rank = path.stem.rpartition("-r")[2]
         if not rank.isdigit() or int(rank) < num_ranks:
             continue
-        fd = _open_own(path)
-        if fd is None:
-            continue
-        if _try_lock(fd, fcntl.LOCK_EX):
+        fd = _lock_own(path)
+        if fd is not None:
             path.with_suffix(".data").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-        os.close(fd)
+            os.close(fd)
 
 
 def check_directory(directory: Path) -> None:
@@ -105,10 +101,10 @@ def _join(path: Path, engine: str) -> int | None:
     if fd is None:
         return None
     for _ in range(_TRIES):
-        if _try_lock(fd, fcntl.LOCK_EX):
+        if _try_lock(fd, fcntl.LOCK_EX, path):
             os.ftruncate(fd, 0)
             os.pwrite(fd, engine.encode(), 0)
-        if _try_lock(fd, fcntl.LOCK_SH):
+        if _try_lock(fd, fcntl.LOCK_SH, path):
             # Between the two locks another engine may have come first: what is written counts.
             if os.pread(fd, 4096, 0) == engine.encode():
                 return fd
@@ -116,6 +112,30 @@ def _join(path: Path, engine: str) -> int | None:
         time.sleep(_TRY_SECONDS)  # somebody is writing a name
     os.close(fd)
     return None
+
+
+def _lock_own(path: Path) -> int | None:
+    """Open or create, and lock for us alone; None where somebody else has it."""
+    while (fd := _open_own(path)) is not None:
+        if not _try_lock(fd, fcntl.LOCK_EX, path):
+            os.close(fd)
+            return None
+        if _is_at(path, fd):
+            return fd
+        os.close(fd)  # its holder removed it between our open and our lock
+    return None
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    try:
+        return path.lstat().st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def is_own(fd: int) -> bool:
+    """Whether the file belongs to us, and not to another user who could read and change it."""
+    return os.fstat(fd).st_uid == os.geteuid()
 
 
 def _open_own(path: Path) -> int | None:
@@ -131,15 +151,22 @@ def _open_own(path: Path) -> int | None:
             f"{path.name} can't be opened: {error}",
             "Choose another with DYN_KVBM_DISK_CACHE_DIR.",
         ) from error
-    if os.fstat(fd).st_uid != os.geteuid():
+    if not is_own(fd):
         os.close(fd)
         return None
     return fd
 
 
-def _try_lock(fd: int, kind: int) -> bool:
+def _try_lock(fd: int, kind: int, path: Path) -> bool:
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise ConfigError(
+            "disk_cache_dir",
+            str(path.parent),
+            f"{path.name} can't be locked: {error}",
+            "Choose a directory on a local disk with DYN_KVBM_DISK_CACHE_DIR.",
+        ) from error
     return True

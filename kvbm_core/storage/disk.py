@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvbm_core.errors import ConfigError, StorageError
-from kvbm_core.storage.claim import Claim, claim, remove_foreign_ranks
+from kvbm_core.storage.claim import Claim, claim, is_own, remove_foreign_ranks
 from kvbm_core.storage.index import HEADER_BYTES, RECORD_BYTES, DiskIndex
 from kvbm_core.types import BlockHash, BlockId
 from kvbm_core.wire import DiskInventory
@@ -90,26 +90,43 @@ class DiskStore:
 
         Raises ConfigError or StorageError with the remedy.
         """
-        directory = self._options.directory
-        self._claim = held = claim(directory, engine=self._engine, rank=self._rank)
-        if self._rank == 0:
-            remove_foreign_ranks(directory, held.set_number, self._num_ranks)
-        index_bytes = HEADER_BYTES + self.num_blocks * RECORD_BYTES
-        reserve(held.index_fd, index_bytes, self._options, held.index_path)
-        self.fd, self.is_direct = self._open_data(held.data_path)
-        reserve(self.fd, self.num_blocks * self.extent_bytes, self._options, held.data_path)
-        self._index = DiskIndex(held.index_fd, self.num_blocks, self._identity)
-        problem = self._index.open()
-        self._found = self._index.entries()
+        try:
+            problem = self._open_files()
+        except BaseException:
+            self._release()
+            raise
+        self._found = self.index.entries()
         logger.info(
             "kvbm: disk cache %s, %d blocks of %d bytes, %s; %d blocks of an earlier process%s",
-            held.data_path,
+            self.path,
             self.num_blocks,
             self.extent_bytes,
             "O_DIRECT" if self.is_direct else "buffered",
             len(self._found),
             f", discarded what was there: {problem}" if problem else "",
         )
+
+    def _open_files(self) -> str:
+        """Why what was there can't be used, or ""."""
+        directory = self._options.directory
+        self._claim = held = claim(directory, engine=self._engine, rank=self._rank)
+        if self._rank == 0:
+            remove_foreign_ranks(directory, held.set_number, self._num_ranks)
+        self.fd, self.is_direct = self._open_data(held.data_path)
+        self._make_room(held)
+        self._index = DiskIndex(held.index_fd, self.num_blocks, self._identity)
+        return self._index.open()
+
+    def _make_room(self, held: Claim) -> None:
+        """For both files; where there is none for one, the other gets none either."""
+        data_bytes, size_before = self.num_blocks * self.extent_bytes, os.fstat(self.fd).st_size
+        reserve(self.fd, data_bytes, self._options, held.data_path, fallocate)
+        try:
+            index_bytes = HEADER_BYTES + self.num_blocks * RECORD_BYTES
+            reserve(held.index_fd, index_bytes, self._options, held.index_path, fallocate)
+        except (ConfigError, StorageError):
+            os.ftruncate(self.fd, min(size_before, data_bytes))
+            raise
 
     def take_inventory(self) -> DiskInventory:
         """What was found at `open`; once, since it is large."""
@@ -122,28 +139,40 @@ class DiskStore:
             return
         if not self._options.persist:
             self._claim.remove()
+        self._release()
+
+    def _release(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
-        self._claim.release()
+        if self._claim is not None:
+            self._claim.release()
         self._claim, self._index, self.fd = None, None, -1
 
     def _open_data(self, path: Path) -> tuple[int, bool]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         wants_direct = self._options.direct
         if wants_direct and self.extent_bytes != self.block_bytes:
             logger.info("kvbm: blocks of %d bytes rule out O_DIRECT", self.block_bytes)
             wants_direct = False
         if wants_direct:
             try:
-                return os.open(path, flags | os.O_DIRECT, 0o600), True
+                return _open_data(path, os.O_DIRECT), True
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise _cannot_open(path, error) from error
                 logger.info("kvbm: the filesystem of %s has no O_DIRECT", path.parent)
         try:
-            return os.open(path, flags, 0o600), False
+            return _open_data(path), False
         except OSError as error:
             raise _cannot_open(path, error) from error
+
+
+def _open_data(path: Path, more_flags: int = 0) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | more_flags
+    fd = os.open(path, flags, 0o600)
+    if not is_own(fd):
+        os.close(fd)
+        raise PermissionError(errno.EACCES, "it belongs to another user")
+    return fd
 
 
 def fallocate(fd: int, num_bytes: int) -> None:

@@ -13,6 +13,7 @@ No fsync: what a killed process has written, the kernel still has; a power loss 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import threading
@@ -34,6 +35,7 @@ _FIELDS = struct.Struct(f"<{KEY_BYTES}sQQ8s")  # key, checksum of the data, sequ
 _SEAL = struct.Struct("<Q")
 RECORD_BYTES = _FIELDS.size + _SEAL.size
 _EMPTY = bytes(RECORD_BYTES)
+_MAX_IDENTITY_BYTES = 3072
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -60,7 +62,7 @@ class DiskIndex:
     def __init__(self, fd: int, num_blocks: int, identity: str) -> None:
         self._fd = fd
         self._num_blocks = num_blocks
-        self._identity = identity
+        self._identity = _short(identity)
         self._records = bytearray()
         self._sequence = 0
         self._is_header_stale = False
@@ -115,7 +117,9 @@ class DiskIndex:
             self._sequence, self._is_header_stale = 0, True
 
     def get(self, block_id: BlockId) -> Entry | None:
-        """What the block holds; None where it holds nothing that can be trusted."""
+        """What the block holds; None where it holds nothing that can be trusted. Raises IndexError
+        for no block of these, as `put` and `erase` do."""
+        self._check((block_id,))
         record = self._record(block_id)
         if record == _EMPTY or not self._is_valid(record):
             return None
@@ -126,6 +130,7 @@ class DiskIndex:
         self, block_ids: Sequence[BlockId], keys: Sequence[BlockHash], checksums: Sequence[int]
     ) -> None:
         """The blocks' bytes are complete. Raises OSError where that can't be written."""
+        self._check(block_ids)
         with self._lock:
             if self._is_header_stale:
                 self._write_header()
@@ -137,11 +142,17 @@ class DiskIndex:
 
     def erase(self, block_ids: Sequence[BlockId]) -> None:
         """The blocks' bytes are void from here on. Raises OSError where that can't be written."""
+        self._check(block_ids)
         with self._lock:
             held = [block_id for block_id in block_ids if self._record(block_id) != _EMPTY]
             for block_id in held:
                 self._set(block_id, _EMPTY)
             self._flush(held)
+
+    def _check(self, block_ids: Sequence[BlockId]) -> None:
+        highest = max(block_ids, default=0)
+        if highest >= self._num_blocks:
+            raise IndexError(f"disk block {highest} of {self._num_blocks}")
 
     def _write_header(self) -> None:
         header = Header(FORMAT_VERSION, self._identity, self.generation, self.persists)
@@ -178,6 +189,15 @@ def runs(ids: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((i, i))
     return found
+
+
+def _short(identity: str) -> str:
+    """The identity if a header has room for it, else its beginning and a digest of all of it."""
+    encoded = identity.encode()
+    if len(encoded) <= _MAX_IDENTITY_BYTES:
+        return identity
+    start = encoded[: _MAX_IDENTITY_BYTES // 2].decode(errors="ignore")
+    return f"{start}… blake2b {hashlib.blake2b(encoded, digest_size=32).hexdigest()}"
 
 
 def _parse_header(raw: bytes, identity: str) -> tuple[Header | None, str]:

@@ -27,6 +27,17 @@ JOIN_SECONDS = 5.0
 _MAX_VECTORS = 1024  # IOV_MAX of Linux
 
 
+class BlockFile(Protocol):
+    """What a BlockIo knows of a file: block i is `block_bytes` bytes from `i * extent_bytes` on."""
+
+    @property
+    def fd(self) -> int: ...
+    @property
+    def extent_bytes(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
+
+
 class BlockIo(Protocol):
     """Moves whole blocks between the arena and the file; called from several threads at once."""
 
@@ -58,7 +69,7 @@ class DiskTransferEngine(ThreadEngine):
     ) -> None:
         super().__init__(
             _CheckedPieces(store, host, io),
-            [Lane(num_threads, is_upward=True), Lane(max(1, num_threads // 2), is_upward=False)],
+            lanes_of(num_threads),
             piece_blocks=piece_blocks or max(1, PIECE_BYTES // store.extent_bytes),
             name="disk",
             join_seconds=JOIN_SECONDS,
@@ -75,6 +86,11 @@ class DiskTransferEngine(ThreadEngine):
             return
         self._io.close()
         self._store.close()
+
+
+def lanes_of(num_threads: int) -> list[Lane]:
+    """So many threads that read, half as many that write."""
+    return [Lane(num_threads, is_upward=True), Lane(max(1, num_threads // 2), is_upward=False)]
 
 
 class _CheckedPieces:
@@ -135,10 +151,10 @@ class _CheckedPieces:
 class PreadIo:
     """BlockIo by preadv and pwritev: one call for each stretch of neighbours on disk."""
 
-    def __init__(self, store: DiskStore, host: torch.Tensor) -> None:
-        self._fd = store.fd
-        self._extent_bytes = store.extent_bytes
-        self._block_bytes = store.block_bytes
+    def __init__(self, file: BlockFile, host: torch.Tensor) -> None:
+        self._fd = file.fd
+        self._extent_bytes = file.extent_bytes
+        self._block_bytes = file.block_bytes
         self._rows = rows_of(host)
 
     def read(self, disk_ids: Sequence[BlockId], host_ids: Sequence[BlockId]) -> dict[int, str]:

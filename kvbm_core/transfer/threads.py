@@ -70,7 +70,7 @@ class ThreadEngine:
     """A TransferEngine of threads.
 
     piece_blocks: the most blocks in a piece; an op is cut at least into as many pieces as its lane
-    has threads. join_seconds: how long `close` waits for a thread that does not come back.
+    has threads. join_seconds: how long `close` waits for threads that do not come back.
     """
 
     def __init__(
@@ -153,9 +153,17 @@ class ThreadEngine:
             self._up.clear()
             self._down.clear()
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join(self._join_seconds)
+        self._join()
         self._threads = [thread for thread in self._threads if thread.is_alive()]
+
+    def _join(self) -> None:
+        if self._join_seconds is None:
+            for thread in self._threads:
+                thread.join()
+            return
+        deadline_seconds = time.monotonic() + self._join_seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_seconds - time.monotonic()))
 
     def _run(self, lane: Lane) -> None:
         while (piece := self._next_piece(lane)) is not None:
