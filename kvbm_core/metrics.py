@@ -66,6 +66,7 @@ class Counters:
     def summary(self) -> str:
         """One line of ``key=value`` pairs."""
         up, down = self.routes["host_to_device"], self.routes["device_to_host"]
+        promoted, written = self.routes["disk_to_host"], self.routes["host_to_disk"]
         pairs = {
             "queried_blocks": self.num_queried_blocks,
             "matched_blocks": self.num_matched_blocks,
@@ -74,6 +75,12 @@ class Counters:
             "evicted_blocks": self.num_evicted_blocks,
             "dropped_blocks": self.num_dropped_blocks,
             "refused_blocks": self.num_refused_blocks,
+            "filtered_blocks": self.num_filtered_blocks,
+            "promoted_blocks": promoted.num_blocks,
+            "written_blocks": written.num_blocks,
+            "disk_evicted_blocks": self.num_disk_evicted_blocks,
+            "bad_blocks": self.num_bad_blocks,
+            "late_promotions": self.num_late_promotions,
             "failed_ops": self.num_failed_ops,
             "fences": self.num_fences,
             "hook_errors": self.num_hook_errors,
@@ -81,5 +88,9 @@ class Counters:
             "onboard_seconds": f"{up.seconds:.3f}",
             "offloaded_bytes": down.num_bytes,
             "offload_seconds": f"{down.seconds:.3f}",
+            "promoted_bytes": promoted.num_bytes,
+            "promotion_seconds": f"{promoted.seconds:.3f}",
+            "written_bytes": written.num_bytes,
+            "write_seconds": f"{written.seconds:.3f}",
         }
         return " ".join(f"{key}={value}" for key, value in pairs.items())
