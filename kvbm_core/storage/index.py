@@ -33,7 +33,8 @@ _MAGIC = b"KVBMDISK"
 _FRAME = struct.Struct("<8sIQ")  # magic, length and checksum of the header's body
 _FIELDS = struct.Struct(f"<{KEY_BYTES}sQQ8s")  # key, checksum of the data, sequence, generation
 _SEAL = struct.Struct("<Q")
-RECORD_BYTES = _FIELDS.size + _SEAL.size
+_RECORD = struct.Struct(_FIELDS.format + "Q")
+RECORD_BYTES = _RECORD.size
 _EMPTY = bytes(RECORD_BYTES)
 _MAX_IDENTITY_BYTES = 3072
 
@@ -93,15 +94,20 @@ class DiskIndex:
         Records that are not valid are erased from memory.
         """
         found: list[tuple[int, BlockHash, BlockId]] = []
-        for block_id in range(self._num_blocks) if self.generation else ():
-            record = self._record(block_id)
-            if record == _EMPTY:
+        invalid: list[BlockId] = []
+        generation, digest, view = self.generation[:8], xxhash.xxh3_64_intdigest, self._records[:]
+        for block_id, fields in enumerate(_RECORD.iter_unpack(view) if generation else ()):
+            key, _, sequence, its_generation, seal = fields
+            if not sequence:
                 continue
-            key, _, sequence, _ = _FIELDS.unpack_from(record)
-            if self._is_valid(record):
+            start = block_id * RECORD_BYTES
+            sealed = view[start : start + _FIELDS.size]
+            if its_generation == generation and seal == digest(sealed):
                 found.append((sequence, BlockHash(key), block_id))
             else:
-                self._set(block_id, _EMPTY)
+                invalid.append(block_id)
+        for block_id in invalid:
+            self._set(block_id, _EMPTY)
         found.sort()
         self._sequence = found[-1][0] if found else 0
         latest = {key: block_id for _, key, block_id in found}
