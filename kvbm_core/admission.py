@@ -14,6 +14,7 @@ from kvbm_core.types import BlockHash
 
 DECAY_SECONDS = 600.0
 MAX_FREQUENCY = 64
+MAX_KEYS = 2**20  # beyond, blocks that were never hit are not noted: a hit counts from 1 anyway
 _SWEEP_KEYS = 512
 
 
@@ -66,7 +67,7 @@ class FrequencyFilter:
             frequency = self.frequency(key)
             if frequency >= 2:
                 admitted.append(key)
-            elif not frequency:
+            elif not frequency and len(self._expiry) < MAX_KEYS:
                 self._expiry[key] = self._step + 1
         return admitted
 

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_MEMORY_SHARE = 0.25
 STAGING_BYTES = 2**30
 STAGING_MEMORY_SHARE = 0.1
+MAX_DISK_THREADS = 16
 WINDOW_BYTES = 64 * 2**20
 
 EngineFactory = Callable[[KvbmConfig, KvLayout, Sequence[torch.Tensor], torch.Tensor], Any]
@@ -230,7 +231,7 @@ def _open_disk(
         store,
         arena.tensor,
         io,
-        num_threads=config.max_concurrent_transfers,
+        num_threads=_num_disk_threads(config),
         piece_blocks=config.max_transfer_batch_size,
     )
     engine.open()
@@ -242,7 +243,11 @@ def _fastest_disk(config: KvbmConfig, store: DiskStore) -> str:
     if len(names) == 1:
         return names[0]
     candidates = {name: partial(DISK_ENGINES[name], config) for name in names}
-    return disk_probe.fastest(candidates, store, num_threads=config.max_concurrent_transfers)
+    return disk_probe.fastest(candidates, store, num_threads=_num_disk_threads(config))
+
+
+def _num_disk_threads(config: KvbmConfig) -> int:
+    return min(config.max_concurrent_transfers, MAX_DISK_THREADS)
 
 
 def count_disk_blocks(config: KvbmConfig, *, block_bytes: int, num_ranks: int) -> int:

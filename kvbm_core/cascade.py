@@ -29,7 +29,7 @@ from kvbm_core.wire import DiskReset
 logger = logging.getLogger(__name__)
 
 DEADLINE_SECONDS = 30.0
-FIRST_WAIT_SECONDS = 10.0
+MAX_WAIT_SECONDS = 10.0
 MIN_WAIT_SECONDS = 0.1
 MAX_FAILURES = 3
 PAUSE_SECONDS = 60.0
@@ -83,6 +83,7 @@ class Cascade:
         self._is_overdue = False
         self._slow_until_seconds = 0.0
         self._is_choked = False
+        self._is_retired = False
 
     # Asked by the leader
 
@@ -118,6 +119,8 @@ class Cascade:
             slot.promotion = Promotion()
             self._asked[slot.request_id] = slot, block
             return True
+        if self._is_overdue:
+            promotion.is_over = True
         if promotion.is_over or promotion.op_ids is None:
             return not promotion.is_over
         if self._flights.keys().isdisjoint(promotion.op_ids):
@@ -163,10 +166,19 @@ class Cascade:
         self._is_choked = True
         return self.is_choked
 
-    def forget(self, slot: Slot) -> None:
-        """The request is gone or starts anew; what was begun for it goes on."""
+    def forget(self, slot: Slot, *, is_last: bool = False) -> None:
+        """The request is gone; what was begun for it goes on. is_last: the engine may rest now."""
         self._asked.pop(slot.request_id, None)
         slot.promotion = None
+        if is_last:
+            self.rate.rest()
+
+    def retire(self) -> None:
+        """The leader's books can't be trusted any more: send nothing, leave nothing behind."""
+        self._is_retired = True
+        self._queue.clear()
+        self._asked.clear()
+        self.begin_anew(persists=False)
 
     def start(self, blocks: Sequence[tuple[BlockHash, BlockId]] | None, *, persists: bool) -> None:
         """Go on with what an earlier process left on every rank, or (None) with nothing."""
@@ -204,6 +216,8 @@ class Cascade:
     def take_ops(self) -> list[TransferOp]:
         """Promotions that were asked for, then writes of admitted blocks."""
         ops: list[TransferOp] = []
+        if self._is_retired:
+            return ops
         for slot, block in self._asked.values():
             ops += self._promote(slot, block)
         self._asked.clear()
@@ -225,7 +239,8 @@ class Cascade:
 
     @property
     def _can_write(self) -> bool:
-        return not self._is_overdue and self._now_seconds >= self._paused_until_seconds
+        is_paused = self._now_seconds < self._paused_until_seconds
+        return not (self._is_overdue or is_paused or self._is_retired)
 
     @property
     def _makes_room(self) -> bool:
@@ -285,14 +300,14 @@ class Cascade:
         Blocks that come for somebody else are waited for, not brought twice.
         """
         assert slot.promotion is not None
-        wanted, waited_for, end = self._reach(slot, block)
+        wanted, shared, end = self._reach(slot, block)
         own_prefix = set(slot.keys[:end])
         host_ids, evicted = self._host.reserve(
             wanted, lambda key: key in own_prefix or self.must_stay(key)
         )
         self._counters.num_evicted_blocks += len(evicted)
         ops, size = [], self._tier.window_blocks
-        num_blocks = len(host_ids) + len(waited_for) * size
+        num_blocks = len(host_ids) + len(shared)
         deadline = self._now_seconds + self._patience_seconds(num_blocks)
         for start in range(0, len(host_ids), size):
             targets = host_ids[start : start + size]
@@ -303,31 +318,31 @@ class Cascade:
             self._flights[op.op_id] = self._now_seconds
             ops.append(op)
         self.disk.touch(wanted[: len(host_ids)])
-        slot.promotion.op_ids = waited_for | {op.op_id for op in ops}
+        slot.promotion.op_ids = {self._promoting[key] for key in shared} | {op.op_id for op in ops}
         slot.promotion.deadline_seconds = deadline
         return ops
 
-    def _reach(self, slot: Slot, block: int) -> tuple[list[BlockHash], set[OpId], int]:
-        """Keys to bring from disk for the longest prefix, ops that bring parts of it, its end."""
+    def _reach(self, slot: Slot, block: int) -> tuple[list[BlockHash], list[BlockHash], int]:
+        """Keys to bring from disk for the longest prefix, those that come for others, its end."""
         wanted: list[BlockHash] = []
-        waited_for: set[OpId] = set()
+        shared: list[BlockHash] = []
         end = block
         for key in slot.keys[block:]:
-            if (op_id := self._promoting.get(key)) is not None:
-                waited_for.add(op_id)
+            if key in self._promoting:
+                shared.append(key)
             elif self.disk.is_ready(key) and key not in self._host:
                 wanted.append(key)
             elif not self._host.is_ready(key):
                 break
             end += 1
-        return wanted, waited_for, end
+        return wanted, shared, end
 
     def _patience_seconds(self, num_blocks: int) -> float:
-        """What computing these blocks would take."""
+        """What computing these blocks would take, within bounds."""
         rate = self.rate.tokens_per_second
         if rate is None:
-            return FIRST_WAIT_SECONDS
-        return max(MIN_WAIT_SECONDS, num_blocks * self._block_size / rate)
+            return MAX_WAIT_SECONDS
+        return min(MAX_WAIT_SECONDS, max(MIN_WAIT_SECONDS, num_blocks * self._block_size / rate))
 
     def _end_promotion(self, record: OpRecord) -> None:
         self.disk.unpin(record.src_ids)

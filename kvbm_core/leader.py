@@ -120,19 +120,23 @@ class Leader:
         slot = Slot(request_id, keys, num_prompt_tokens, priorities=priorities)
         self._slots[request_id] = slot
 
-    def match(self, request_id: RequestId, num_device_tokens: int) -> int | None:
+    def match(
+        self, request_id: RequestId, num_device_tokens: int, *, may_read: bool = True
+    ) -> int | None:
         """Tokens beyond the engine's own `num_device_tokens` that can be loaded now.
 
         A multiple of the block size, up to all complete blocks of the request. None: not yet,
         another request is bringing the first of these blocks to the device, or blocks come up from
         disk; ask again. Pins nothing and may be repeated. A running request that is matched again
-        was preempted.
+        was preempted. may_read: whether the request may use what is cached; else 0.
         """
         slot = self._slots[request_id]
         if slot.state is SlotState.RUNNING:
             slot.move(SlotEvent.PREEMPTED)
             slot.promotion = None
         slot.num_device_tokens = num_device_tokens
+        if not may_read:
+            return 0
         start = num_device_tokens // self._block_size
         if self._is_on_its_way(slot, start):
             return None
@@ -170,6 +174,7 @@ class Leader:
             self._cascade.used(slot.keys[start : start + num_external_tokens // self._block_size])
         if is_admission:
             slot.num_written_tokens = 0
+            slot.num_cached_tokens = slot.num_device_tokens + num_external_tokens
             self.counters.num_queried_blocks += max(0, len(slot.keys) - start)
             self.counters.num_matched_blocks += num_external_tokens // self._block_size
             slot.num_planned_blocks = 0
@@ -208,7 +213,8 @@ class Leader:
             slot = slots.get(request_id)
             if slot is None:
                 continue
-            self._num_step_tokens += num_tokens - slot.num_written_tokens
+            known = max(slot.num_written_tokens, slot.num_cached_tokens)
+            self._num_step_tokens += max(0, num_tokens - known)
             slot.num_written_tokens = num_tokens
             if num_tokens >= slot.next_offload_tokens:
                 offloads.plan(slot, num_tokens, device_table, batch)
@@ -257,7 +263,7 @@ class Leader:
         if not is_loading:
             self._pool.touch(slot.keys[: slot.num_planned_blocks])
         if self._cascade is not None:
-            self._cascade.forget(slot)
+            self._cascade.forget(slot, is_last=len(self._slots) == 1)
         slot.move(SlotEvent.FINISHED_BUSY if slot.op_ids else SlotEvent.FINISHED_IDLE)
         if slot.state is SlotState.FINISHED or not self._engine_holds_blocks:
             # An engine that forgets the request may give its name to another one at once.
@@ -310,6 +316,7 @@ class Leader:
         for slot in self._slots.values():
             slot.next_offload_tokens = NEVER
             slot.stored.clear()
+            slot.promotion = None
 
     def _is_on_its_way(self, slot: Slot, block: int) -> bool:
         """Whether waiting for another request's load brings this block to the device."""

@@ -101,8 +101,10 @@ class OpLedger:
         if not result.ok:
             record.error = record.error or f"rank {rank}: {result.error}"
             # A request takes all of what it loads, or is told that all of it failed.
-            is_whole = record.op.touches_device or not result.failed
-            record.failed.update(range(len(record.keys)) if is_whole else unpack_ids(result.failed))
+            everything = range(len(record.keys))
+            failed = unpack_ids(result.failed)
+            is_partial = failed and max(failed) in everything and not record.op.touches_device
+            record.failed.update(failed if is_partial else everything)
         has_ended = not record.pending_ranks
         if has_ended:
             self._close(record)

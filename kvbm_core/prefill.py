@@ -39,7 +39,11 @@ class PrefillRate:
             self._num_tokens += self._num_newest_tokens
             self._num_newest_tokens = num_tokens
 
+    def rest(self) -> None:
+        """The engine may stand still until the next step: what was not measured yet never is."""
+        self._began_seconds, self._num_tokens, self._num_newest_tokens = None, 0, 0
+
     def _sample(self, rate: float) -> None:
         before = self.tokens_per_second
         self.tokens_per_second = rate if before is None else before + _WEIGHT * (rate - before)
-        self._began_seconds, self._num_tokens, self._num_newest_tokens = None, 0, 0
+        self.rest()

@@ -8,7 +8,7 @@ the same generation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvbm_core.types import KEY_BYTES, BlockHash, BlockId
 from kvbm_core.wire import DiskInventory
@@ -30,15 +30,15 @@ def agreed_blocks(
                 ", ".join(sorted(generation.hex()[:8] or "none" for generation in generations)),
             )
         return None
-    first, *others = (_entries(inventory) for inventory in inventories)
-    for entries in map(set, others):
-        first = [entry for entry in first if entry in entries]
-    return [(key, block_id) for key, block_id in first if block_id < num_blocks]
+    first, *others = inventories
+    found = dict(_entries(first))
+    for inventory in others:
+        its = dict(_entries(inventory))
+        found = {block_id: key for block_id, key in found.items() if its.get(block_id) == key}
+    return [(key, block_id) for block_id, key in found.items() if block_id < num_blocks]
 
 
-def _entries(inventory: DiskInventory) -> list[tuple[BlockHash, BlockId]]:
+def _entries(inventory: DiskInventory) -> Iterator[tuple[BlockId, BlockHash]]:
     keys = inventory.keys
-    return [
-        (BlockHash(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]), block_id)
-        for i, block_id in enumerate(inventory.ids())
-    ]
+    for i, block_id in enumerate(inventory.ids()):
+        yield block_id, BlockHash(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES])

@@ -78,7 +78,8 @@ class Slot:
     cache at the last match. num_planned_blocks: leading blocks that need no more offload.
     next_offload_tokens: computed tokens from which the next block is complete (NEVER: stopped).
     num_written_tokens: whose KV the forwards planned so far produce; an engine's own count may be
-    ahead of it while another connector still loads.
+    ahead of it while another connector still loads. num_cached_tokens: not computed since the last
+    admission, but found.
     stored: keys of its own prefix, not to be evicted from host for its own tail.
     op_ids: its ops in flight. promotion: blocks it had brought up from disk since it last began to
     wait. priorities: of its blocks for the offload filter; beyond the last one, that one counts.
@@ -92,6 +93,7 @@ class Slot:
     num_planned_blocks: int = 0
     next_offload_tokens: int = 0
     num_written_tokens: int = 0
+    num_cached_tokens: int = 0
     stored: set[BlockHash] = field(default_factory=set)
     op_ids: set[OpId] = field(default_factory=set)
     promotion: Promotion | None = None

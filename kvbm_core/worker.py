@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from kvbm_core.storage.disk import DiskStore
 from kvbm_core.transfer.port import TransferEngine
 from kvbm_core.types import BlockId, OpId, OpResult, RequestId, Tier, TransferOp
-from kvbm_core.wire import DiskReset, StepPlan, WorkerReport
+from kvbm_core.wire import StepPlan, WorkerReport
 
 IDLE_WAIT_SECONDS = 0.002
 
@@ -60,8 +60,8 @@ class Worker:
         """
         self.submit_offloads()
         self._is_idle_step = plan.idle
-        if plan.disk_reset is not None:
-            self._reset_disk(plan.disk_reset)
+        if plan.disk_reset is not None and self._disk is not None:
+            self._disk.begin_anew(plan.disk_reset)
         for op in plan.ops:
             self._in_flight[op.op_id] = op
             if not op.touches_device or (op.op_id in plan.fences and not op.is_onboard):
@@ -129,10 +129,6 @@ class Worker:
         """End copies in flight, then free the memory under them."""
         self._transfer.close()
         self._on_close()
-
-    def _reset_disk(self, reset: DiskReset) -> None:
-        assert self._disk is not None, "a plan for a disk tier that this rank does not have"
-        self._disk.index.begin_anew(reset.generation, persists=reset.persists)
 
     def _end(self, op: TransferOp, result: OpResult) -> None:
         if op.is_onboard:

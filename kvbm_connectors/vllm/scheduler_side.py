@@ -89,6 +89,12 @@ class SchedulerSide:
                 f"{self._num_ranks} ranks are expected, {ranks} announced themselves with "
                 f"device blocks and layouts {sorted(shapes)}"
             )
+        without_disk = [h.rank for h in handshakes if (h.disk is None) == self._config.has_disk]
+        if without_disk:
+            raise LayoutMismatch(
+                f"ranks {without_disk} and the scheduler do not agree on whether there is a disk "
+                "tier: set the same DYN_KVBM_DISK_* for all processes, on every node"
+            )
         num_host_blocks = min(handshake.num_host_blocks for handshake in handshakes)
         self._leader = build_leader(
             self._config,
@@ -119,9 +125,8 @@ class SchedulerSide:
         if not self.leader.has_slot(request.request_id):
             self._create_slot(request)
         self._num_matched_device_tokens = num_device_tokens
-        num_tokens = self.leader.match(request.request_id, num_device_tokens)
-        if request.skip_reading_prefix_cache:
-            return 0, False
+        may_read = not request.skip_reading_prefix_cache
+        num_tokens = self.leader.match(request.request_id, num_device_tokens, may_read=may_read)
         return num_tokens, bool(num_tokens)
 
     def _strand(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -164,6 +169,8 @@ class SchedulerSide:
     def _switch_off(self, *_: Any) -> None:
         if not self._is_off:
             self._is_off = True
+            if self._leader is not None and self._leader.cascade is not None:
+                self._leader.cascade.retire()
             logger.error("the KV cache tiers are off until restart; serving goes on without them")
 
     @guarded(_switch_off)

@@ -6,16 +6,19 @@ vllm/v1/request.py).
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kvbm_connectors.vllm.identity import Adapters
+from kvbm_connectors.vllm.identity import THIS_PROCESS, Adapters
 from kvbm_core.errors import ConfigError
 from kvbm_core.hashing import CacheNamespace, PrefixChain
 from kvbm_core.types import BlockHash, BlockId, RequestId
 
 # Algorithms of vLLM's prefix cache whose keys can't be forged; see its CacheConfig.
+# blake3, sha256 or sha512 in hex, after the name of an adapter where there is one.
+_CONTENT_HASH = re.compile(r"(?:.*:)?(?:[0-9a-f]{64}){1,2}", re.DOTALL)
 PRIORITY_PARAM = "kvbm_priority"
 COLLISION_RESISTANT = frozenset({"sha256", "sha256_cbor"})
 
@@ -71,8 +74,8 @@ def priorities_of(request: Any) -> Sequence[int]:
     """For the offload filter, where more is kept longer: what the request asks for in
     `kv_transfer_params`, else vLLM's own priority, whose lower numbers go first, turned round."""
     params = request.kv_transfer_params or {}
-    if (priority := params.get(PRIORITY_PARAM)) is not None:
-        return (int(priority),)
+    if isinstance(priority := params.get(PRIORITY_PARAM), int):
+        return (priority,)
     return (-request.priority,)
 
 
@@ -102,12 +105,18 @@ def reissued_by(output: Any, block_size: int) -> Iterator[BlockId]:
         yield from blocks[0][first:]
 
 
+def _lasting(identifier: str) -> str:
+    """What names an image or audio clip for other processes too. vLLM may count where it does not
+    hash (vllm/renderers/base.py, 0.32), and clients may give names of their own."""
+    return identifier if _CONTENT_HASH.fullmatch(identifier) else f"{THIS_PROCESS}:{identifier}"
+
+
 def _content_of(features: Sequence[Any], block_size: int) -> dict[int, bytes]:
     """Block index → identities and offsets of the images or audio whose placeholders it holds."""
     content: defaultdict[int, bytes] = defaultdict(bytes)
     for feature in features:
         first, length = feature.mm_position.offset, feature.mm_position.length
         for block in range(first // block_size, (first + length - 1) // block_size + 1):
-            identity = f"{feature.identifier}@{first - block * block_size}".encode()
+            identity = f"{_lasting(feature.identifier)}@{first - block * block_size}".encode()
             content[block] += len(identity).to_bytes(4, "little") + identity
     return dict(content)

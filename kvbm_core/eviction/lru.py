@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from kvbm_core.types import BlockHash
+
+MAX_LOOKS = 4096
+"""Beyond as many wanted keys: a tier whose old blocks all have to stay is full, and looking through
+all of it at every step would cost more than the room is worth."""
 
 
 class Lru:
@@ -28,7 +33,7 @@ class Lru:
 
     def victims(self, count: int, keep: Callable[[BlockHash], bool]) -> list[BlockHash]:
         found: list[BlockHash] = []
-        for key in self._order:
+        for key in islice(self._order, MAX_LOOKS + count):
             if len(found) == count:
                 break
             if not keep(key):

@@ -25,4 +25,5 @@ class EvictionPolicy(Protocol):
         """A resident key left."""
 
     def victims(self, count: int, keep: Callable[[BlockHash], bool]) -> list[BlockHash]:
-        """Up to `count` keys to evict, first the one to go first; none for which `keep` holds."""
+        """Up to `count` keys to evict, first the one to go first; none for which `keep` holds.
+        Fewer where finding them would take long."""

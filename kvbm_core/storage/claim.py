@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,14 +50,25 @@ class Claim:
         self.index_path.unlink(missing_ok=True)
 
 
-def claim(directory: Path, *, engine: str, rank: int) -> Claim:
-    """The first set of the directory that this engine has or can have.
+def claim(
+    directory: Path, *, engine: str, rank: int, is_wanted: Callable[[Path], bool] | None = None
+) -> Claim:
+    """A set of the directory that this engine has or can have: the one that another rank of it has
+    joined, else one with blocks for us, else the first.
 
-    engine: the same text in all ranks of one engine, and in no other. Raises ConfigError where the
-    directory can't be used, StorageError where all sets are in use.
+    engine: the same text in all ranks of one engine, and in no other. is_wanted: whether an index
+    file holds blocks for us. Raises ConfigError where the directory can't be used, StorageError
+    where all sets are in use.
     """
     check_directory(directory)
-    for number in range(MAX_SETS):
+
+    def rating(number: int) -> int:
+        index_path = directory / f"{PREFIX}{number}-r{rank}.index"
+        if _read(directory / f"{PREFIX}{number}.lock") == engine.encode():
+            return 0
+        return 1 if is_wanted is not None and is_wanted(index_path) else 2
+
+    for number in sorted(range(MAX_SETS), key=rating):
         lock_fd = _join(directory / f"{PREFIX}{number}.lock", engine)
         if lock_fd is None:
             continue
@@ -93,6 +105,13 @@ def check_directory(directory: Path) -> None:
     if not os.access(directory, os.W_OK | os.X_OK):
         remedy = f"sudo chown $USER {directory}, or choose another with DYN_KVBM_DISK_CACHE_DIR."
         raise ConfigError("disk_cache_dir", str(directory), "may not be written to", remedy)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _join(path: Path, engine: str) -> int | None:

@@ -13,19 +13,21 @@ import errno
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvbm_core.errors import ConfigError, StorageError
 from kvbm_core.storage.claim import Claim, claim, is_own, remove_foreign_ranks
-from kvbm_core.storage.index import HEADER_BYTES, RECORD_BYTES, DiskIndex
+from kvbm_core.storage.index import HEADER_BYTES, RECORD_BYTES, DiskIndex, has_identity
 from kvbm_core.types import BlockHash, BlockId
-from kvbm_core.wire import DiskInventory
+from kvbm_core.wire import DiskInventory, DiskReset
 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 4096
+RESET_SECONDS = 5.0
 _ZEROS_BYTES = 8 * 2**20
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -70,6 +72,7 @@ class DiskStore:
         self._claim: Claim | None = None
         self._index: DiskIndex | None = None
         self._found: list[tuple[BlockHash, BlockId]] = []
+        self._resets: list[threading.Thread] = []
         self.fd = -1
         self.is_direct = False
 
@@ -109,7 +112,12 @@ class DiskStore:
     def _open_files(self) -> str:
         """Why what was there can't be used, or ""."""
         directory = self._options.directory
-        self._claim = held = claim(directory, engine=self._engine, rank=self._rank)
+        self._claim = held = claim(
+            directory,
+            engine=self._engine,
+            rank=self._rank,
+            is_wanted=lambda path: has_identity(path, self._identity),
+        )
         if self._rank == 0:
             remove_foreign_ranks(directory, held.set_number, self._num_ranks)
         self.fd, self.is_direct = self._open_data(held.data_path)
@@ -133,9 +141,26 @@ class DiskStore:
         found, self._found = self._found, []
         return DiskInventory.of(self.num_blocks, self.index.generation, found)
 
+    def begin_anew(self, reset: DiskReset) -> None:
+        """Void all blocks: at once for this process, and for the next one as soon as the disk takes
+        it. Never waits."""
+        self.index.begin_anew(reset.generation, persists=reset.persists)
+        thread = threading.Thread(target=self._sync, name="kvbm-disk-reset", daemon=True)
+        thread.start()
+        self._resets.append(thread)
+
+    def _sync(self) -> None:
+        try:
+            self.index.sync()
+        except OSError as error:
+            logger.error("kvbm: the reset of %s can't be written: %s", self.path, error)
+
     def close(self) -> None:
-        """Let go of the files; remove them where they are not to be kept."""
-        if self._claim is None:
+        """Let go of the files; remove them where they are not to be kept. A reset that hangs keeps
+        them open: the number of a closed descriptor could come to name another file."""
+        for thread in self._resets:
+            thread.join(RESET_SECONDS)
+        if self._claim is None or any(thread.is_alive() for thread in self._resets):
             return
         if not self._options.persist:
             self._claim.remove()

@@ -18,6 +18,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -67,7 +68,8 @@ class DiskIndex:
         self._records = bytearray()
         self._sequence = 0
         self._is_header_stale = False
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # memory; held for moments
+        self._file_lock = threading.Lock()  # the file; held while the disk answers
         self.generation = b""
         self.persists = False
 
@@ -114,13 +116,17 @@ class DiskIndex:
         return [(key, block_id) for _, key, block_id in found if latest[key] == block_id]
 
     def begin_anew(self, generation: bytes, *, persists: bool) -> None:
-        """Void every record at once. Does no I/O: the next `put` writes the header first, and until
-        then a later process finds what was there before, which is still true."""
+        """Void every record at once, in memory: never waits for the disk. `sync` tells the file."""
         assert len(generation) == GENERATION_BYTES
         with self._lock:
             self.generation, self.persists = generation, persists
             self._records = bytearray(self._num_blocks * RECORD_BYTES)
             self._sequence, self._is_header_stale = 0, True
+
+    def sync(self) -> None:
+        """Have the file void what `begin_anew` did. Raises OSError where it can't be written."""
+        with self._file_lock:
+            self._write_header()
 
     def get(self, block_id: BlockId) -> Entry | None:
         """What the block holds; None where it holds nothing that can be trusted. Raises IndexError
@@ -133,27 +139,38 @@ class DiskIndex:
         return Entry(BlockHash(key), checksum)
 
     def put(
-        self, block_ids: Sequence[BlockId], keys: Sequence[BlockHash], checksums: Sequence[int]
+        self,
+        block_ids: Sequence[BlockId],
+        keys: Sequence[BlockHash],
+        checksums: Sequence[int],
+        generation: bytes | None = None,
     ) -> None:
-        """The blocks' bytes are complete. Raises OSError where that can't be written."""
+        """The blocks' bytes are complete. generation: under which they were to be written; they are
+        forgotten if it has ended since. Raises OSError where that can't be written."""
         self._check(block_ids)
-        with self._lock:
-            if self._is_header_stale:
-                self._write_header()
-            for block_id, key, checksum in zip(block_ids, keys, checksums, strict=True):
-                self._sequence += 1
-                fields = _FIELDS.pack(key, checksum, self._sequence, self.generation[:8])
-                self._set(block_id, fields + _SEAL.pack(xxhash.xxh3_64_intdigest(fields)))
-            self._flush(block_ids)
+        with self._file_lock:
+            self._write_header()
+            with self._lock:
+                if generation not in (None, self.generation):
+                    return
+                for block_id, key, checksum in zip(block_ids, keys, checksums, strict=True):
+                    self._sequence += 1
+                    fields = _FIELDS.pack(key, checksum, self._sequence, self.generation[:8])
+                    self._set(block_id, fields + _SEAL.pack(xxhash.xxh3_64_intdigest(fields)))
+                pages = self._pages(block_ids)
+            self._write(pages)
 
     def erase(self, block_ids: Sequence[BlockId]) -> None:
         """The blocks' bytes are void from here on. Raises OSError where that can't be written."""
         self._check(block_ids)
-        with self._lock:
-            held = [block_id for block_id in block_ids if self._record(block_id) != _EMPTY]
-            for block_id in held:
-                self._set(block_id, _EMPTY)
-            self._flush(held)
+        with self._file_lock:
+            self._write_header()
+            with self._lock:
+                held = [block_id for block_id in block_ids if self._record(block_id) != _EMPTY]
+                for block_id in held:
+                    self._set(block_id, _EMPTY)
+                pages = self._pages(held)
+            self._write(pages)
 
     def _check(self, block_ids: Sequence[BlockId]) -> None:
         highest = max(block_ids, default=0)
@@ -161,11 +178,20 @@ class DiskIndex:
             raise IndexError(f"disk block {highest} of {self._num_blocks}")
 
     def _write_header(self) -> None:
-        header = Header(FORMAT_VERSION, self._identity, self.generation, self.persists)
+        """Before any record of a new generation, and before bytes that an old record names go."""
+        with self._lock:
+            if not self._is_header_stale:
+                return
+            header = Header(FORMAT_VERSION, self._identity, self.generation, self.persists)
+            self._is_header_stale = False
         body = msgspec.msgpack.encode(header)
         frame = _FRAME.pack(_MAGIC, len(body), xxhash.xxh3_64_intdigest(body))
-        _write_all(self._fd, (frame + body).ljust(HEADER_BYTES, b"\0"), 0)
-        self._is_header_stale = False
+        try:
+            _write_all(self._fd, (frame + body).ljust(HEADER_BYTES, b"\0"), 0)
+        except OSError:
+            with self._lock:
+                self._is_header_stale = True
+            raise
 
     def _record(self, block_id: BlockId) -> bytes:
         start = block_id * RECORD_BYTES
@@ -180,10 +206,17 @@ class DiskIndex:
         is_current = fields[-8:] == self.generation[:8]
         return is_current and bool(seal == xxhash.xxh3_64_intdigest(fields))
 
-    def _flush(self, block_ids: Sequence[BlockId]) -> None:
+    def _pages(self, block_ids: Sequence[BlockId]) -> list[tuple[int, bytes]]:
+        """Places in the file and what belongs there."""
+        pages = []
         for first, last in runs(sorted(block_ids)):
             start, end = first * RECORD_BYTES, (last + 1) * RECORD_BYTES
-            _write_all(self._fd, bytes(self._records[start:end]), HEADER_BYTES + start)
+            pages.append((HEADER_BYTES + start, bytes(self._records[start:end])))
+        return pages
+
+    def _write(self, pages: Sequence[tuple[int, bytes]]) -> None:
+        for offset, content in pages:
+            _write_all(self._fd, content, offset)
 
 
 def runs(ids: Iterable[int]) -> list[tuple[int, int]]:
@@ -204,6 +237,16 @@ def _short(identity: str) -> str:
         return identity
     start = encoded[: _MAX_IDENTITY_BYTES // 2].decode(errors="ignore")
     return f"{start}… blake2b {hashlib.blake2b(encoded, digest_size=32).hexdigest()}"
+
+
+def has_identity(path: Path, identity: str) -> bool:
+    """Whether the index there holds blocks that could be used under this identity."""
+    try:
+        with path.open("rb") as file:
+            header, _ = _parse_header(file.read(HEADER_BYTES), _short(identity))
+    except OSError:
+        return False
+    return header is not None
 
 
 def _parse_header(raw: bytes, identity: str) -> tuple[Header | None, str]:

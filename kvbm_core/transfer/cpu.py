@@ -39,6 +39,8 @@ class _Copies:
         return range(len(op.src))
 
     def run(self, piece: Piece) -> dict[int, str]:
+        if not piece.op.touches_device:
+            raise ValueError(f"{piece.op.route} on a rank without a disk tier")
         if piece.op.is_onboard:
             self._copier.copy(piece.dst_ids, piece.src_ids, to_host=False)
         else:

@@ -49,6 +49,8 @@ class CudaTransferEngine:
         with torch.cuda.stream(stream):
             start.record()
             try:
+                if not op.touches_device:
+                    raise ValueError(f"{op.route} on a rank without a disk tier")
                 self._copier.copy(device.ids(), host.ids(), to_host=not op.is_onboard)
             except Exception as error:  # noqa: BLE001  boundary: a copy's error is its op's result
                 stream.synchronize()

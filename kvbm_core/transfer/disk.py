@@ -77,6 +77,10 @@ class DiskTransferEngine(ThreadEngine):
         self._io = io
         self._store = store
 
+    def context(self) -> bytes:
+        """The generation: what was to be written before a reset is not of the next one."""
+        return self._store.index.generation
+
     def close(self) -> None:
         """As the port says; closes the store too. A thread that hangs keeps its file: the number of
         a closed descriptor could come to name another one."""
@@ -114,7 +118,7 @@ class _CheckedPieces:
         if piece.op.is_upward:
             failed = self._read(keys, piece.src_ids, piece.dst_ids)
         else:
-            failed = self._write(keys, piece.src_ids, piece.dst_ids)
+            failed = self._write(keys, piece.src_ids, piece.dst_ids, piece.context)
         return {piece.positions[i]: problem for i, problem in failed.items()}
 
     def _read(
@@ -135,7 +139,11 @@ class _CheckedPieces:
         return failed
 
     def _write(
-        self, keys: Sequence[BlockHash], host_ids: Sequence[BlockId], disk_ids: Sequence[BlockId]
+        self,
+        keys: Sequence[BlockHash],
+        host_ids: Sequence[BlockId],
+        disk_ids: Sequence[BlockId],
+        generation: bytes,
     ) -> dict[int, str]:
         index = self._store.index
         checksums = [xxhash.xxh3_64_intdigest(self._rows[i]) for i in host_ids]
@@ -143,7 +151,10 @@ class _CheckedPieces:
         failed = self._io.write(disk_ids, host_ids)
         done = [i for i in range(len(keys)) if i not in failed]
         index.put(
-            [disk_ids[i] for i in done], [keys[i] for i in done], [checksums[i] for i in done]
+            [disk_ids[i] for i in done],
+            [keys[i] for i in done],
+            [checksums[i] for i in done],
+            generation,
         )
         return failed
 

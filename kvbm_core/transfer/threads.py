@@ -24,6 +24,7 @@ class _OpInFlight:
     op: TransferOp
     started_seconds: float
     num_pieces_left: int
+    context: bytes
     error: str = ""
     failed: list[int] = field(default_factory=list)
 
@@ -40,6 +41,11 @@ class Piece:
     @property
     def op(self) -> TransferOp:
         return self.of.op
+
+    @property
+    def context(self) -> bytes:
+        """See `ThreadEngine.context`."""
+        return self.of.context
 
 
 class PieceWork(Protocol):
@@ -113,7 +119,7 @@ class ThreadEngine:
         src_ids, dst_ids, order = op.src.ids(), op.dst.ids(), self._work.order(op)
         num_threads = sum(lane.num_threads for lane in self._lanes if lane.takes(op))
         size = min(self._piece_blocks, -(-len(order) // num_threads)) or 1
-        flight = _OpInFlight(op, time.perf_counter(), -(-len(order) // size))
+        flight = _OpInFlight(op, time.perf_counter(), -(-len(order) // size), self.context())
         pieces = []
         for start in range(0, len(order), size):
             part = order[start : start + size]
@@ -125,6 +131,10 @@ class ThreadEngine:
             if not pieces:
                 self._end(flight)
             self._changed.notify_all()
+
+    def context(self) -> bytes:
+        """What a piece's work must know of the moment at which its op was submitted."""
+        return b""
 
     def poll(self) -> list[OpResult]:
         with self._changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,20 +27,32 @@ def vllm_config(model: str | Path, commit: str | None = None, **changes: Any) ->
         model_config=SimpleNamespace(
             model=str(model),
             hf_config=hf_config,
-            quantization=changes.get("quantization"),
+            revision=changes.get("revision"),
+            hf_config_path=changes.get("hf_config_path"),
+            compute_hash=lambda: changes.get("graph", "graph"),
+            multimodal_config=SimpleNamespace(
+                mm_processor_kwargs=changes.get("processor"), media_io_kwargs=None
+            ),
             seed=changes.get("seed", 0),
         ),
         cache_config=SimpleNamespace(calculate_kv_scales=changes.get("dynamic_scales", False)),
-        load_config=SimpleNamespace(load_format=changes.get("load_format", "auto")),
+        load_config=SimpleNamespace(
+            load_format=changes.get("load_format", "auto"),
+            model_loader_extra_config=changes.get("loader", {}),
+            ignore_patterns=None,
+        ),
         speculative_config=changes.get("speculative"),
         attention_config=SimpleNamespace(compute_hash=lambda: changes.get("attention", "auto")),
     )
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "code.py").write_text("")
+    monkeypatch.setattr(identity, "_last_load_ns", time.time_ns)  # a process that begins now
     return tmp_path
 
 
@@ -47,9 +60,10 @@ def test_the_same_files_are_the_same_weights(model: Path) -> None:
     assert weights_identity(vllm_config(model)) == weights_identity(vllm_config(model))
 
 
-def test_weights_written_anew_in_the_same_place_are_others(model: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "deep/code.py"])
+def test_weights_written_anew_in_the_same_place_are_others(model: Path, name: str) -> None:
     before = weights_identity(vllm_config(model))
-    os.utime(model / "model.safetensors", ns=(1, 1))
+    os.utime(model / name, ns=(1, 1))
     assert weights_identity(vllm_config(model)) != before
 
 
@@ -57,14 +71,20 @@ def test_weights_written_anew_in_the_same_place_are_others(model: Path) -> None:
     "change",
     [
         {"hf_config": "b"},
-        {"quantization": "fp8"},
+        {"graph": "another max_model_len"},
+        {"processor": {"size": 3}},
+        {"loader": {"tensorizer_uri": "s3://b"}},
         {"load_format": "dummy"},
         {"dynamic_scales": True},
         {"attention": "another"},
         {
             "speculative": SimpleNamespace(
                 draft_model_config=SimpleNamespace(
-                    model="draft", hf_config=Config(name="d", _commit_hash="c0ffee")
+                    model="draft",
+                    hf_config=Config(name="d", _commit_hash="c0ffee"),
+                    revision=None,
+                    compute_hash=lambda: "graph",
+                    seed=0,
                 )
             )
         },
@@ -92,11 +112,34 @@ def test_a_hub_s_model_is_known_by_its_commit() -> None:
     assert weights_identity(vllm_config("org/model", commit="2")) != first
 
 
+def test_a_revision_counts_before_the_commit_of_a_foreign_configuration() -> None:
+    def of(revision: str | None) -> str:
+        config = vllm_config("org/m", commit="1", revision=revision, hf_config_path="org/other")
+        return weights_identity(config)
+
+    assert of("a" * 40) != of("b" * 40)
+
+
+def test_files_changed_after_the_process_began_prove_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began_ns = time.time_ns() - 10**9
+    monkeypatch.setattr(identity, "_last_load_ns", lambda: began_ns)
+    before = weights_identity(vllm_config(model))
+    monkeypatch.setattr(identity, "THIS_PROCESS", "another")
+    assert weights_identity(vllm_config(model)) != before
+
+
+def test_this_process_began_before_now_and_not_long_ago() -> None:
+    age_seconds = (time.time_ns() - identity._last_load_ns()) / 1e9
+    assert -identity._START_UP_SECONDS <= age_seconds < 24 * 3600
+
+
 def test_what_has_no_files_and_no_commit_is_known_to_this_process_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = weights_identity(vllm_config("org/model"))
-    monkeypatch.setattr(identity, "_THIS_PROCESS", "another")
+    monkeypatch.setattr(identity, "THIS_PROCESS", "another")
     assert weights_identity(vllm_config("org/model")) != before
 
 
@@ -111,6 +154,33 @@ def test_an_adapter_trained_on_in_the_same_folder_is_another(model: Path) -> Non
     assert Adapters().identity(lora(model)) != before
 
 
+def test_an_adapter_that_changed_after_its_first_use_is_known_to_this_process_only(
+    model: Path,
+) -> None:
+    adapters = Adapters()
+    adapters.identity(lora(model))
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert adapters.identity(lora(model)) != Adapters().identity(lora(model))
+
+
+def image(identifier: str) -> SimpleNamespace:
+    position = SimpleNamespace(offset=0, length=4)
+    return SimpleNamespace(identifier=identifier, mm_position=position)
+
+
+def test_an_image_that_is_known_by_a_count_is_another_after_a_restart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def content(identifier: str) -> dict[int, bytes]:
+        return translate._content_of([image(identifier)], 16)
+
+    counted, hashed = "renderer0-mm-1-image-0", "adapter:" + "0a" * 32
+    before = content(counted), content(hashed)
+    monkeypatch.setattr(translate, "THIS_PROCESS", "another")
+    assert content(counted) != before[0]
+    assert content(hashed) == before[1]
+
+
 def request(priority: int = 0, params: dict[str, Any] | None = None) -> SimpleNamespace:
     return SimpleNamespace(priority=priority, kv_transfer_params=params)
 
@@ -121,3 +191,4 @@ def test_requests_that_vllm_serves_first_have_the_higher_priority() -> None:
 
 def test_a_request_may_say_its_priority_itself() -> None:
     assert translate.priorities_of(request(7, {"kvbm_priority": 50})) == (50,)
+    assert translate.priorities_of(request(7, {"kvbm_priority": [1]})) == (-7,)

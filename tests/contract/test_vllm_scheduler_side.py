@@ -12,7 +12,7 @@ from kvbm_connectors.vllm.scheduler_side import SchedulerSide
 from kvbm_core.config import KvbmConfig
 from kvbm_core.errors import LayoutMismatch
 from kvbm_core.hashing import CacheNamespace, chain_hashes
-from kvbm_core.wire import decode_plan
+from kvbm_core.wire import DiskInventory, decode_plan
 
 SIZE, BLOCKS = 4, 3
 KEYS = chain_hashes(b"root", list(range(40)), SIZE)
@@ -150,3 +150,20 @@ def test_a_step_that_completes_blocks_plans_one_offload() -> None:
     side.allocated(plain, blocks(TABLE), 0)
     (op,) = decode_plan(side.build_metadata(output({"a": 12})).plan).ops
     assert (list(op.src.ids()), op.request_ids) == (TABLE, ("a",))
+
+
+@pytest.mark.parametrize("num_disk_blocks", [None, 8])
+def test_ranks_that_disagree_with_the_scheduler_on_a_disk_are_refused(
+    num_disk_blocks: int | None,
+) -> None:
+    config = KvbmConfig(disk_cache_override_num_blocks=None if num_disk_blocks else 8)
+    side = SchedulerSide(
+        config,
+        block_size=SIZE,
+        num_ranks=1,
+        namespace=CacheNamespace("m", "", "bf16", "vllm", SIZE, "tp1.pp1"),
+        engine_keys=False,
+    )
+    disk = None if num_disk_blocks is None else DiskInventory(num_disk_blocks)
+    with pytest.raises(LayoutMismatch, match="disk tier"):
+        side.open([KvbmHandshake(0, 8, 64, 16, "layout", disk)])

@@ -4,7 +4,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,8 +22,10 @@ class Claims:
         self.directory = directory
         self._held: list[Claim] = []
 
-    def take(self, engine: str, rank: int = 0) -> Claim:
-        held = claim(self.directory, engine=engine, rank=rank)
+    def take(
+        self, engine: str, rank: int = 0, is_wanted: Callable[[Path], bool] | None = None
+    ) -> Claim:
+        held = claim(self.directory, engine=engine, rank=rank, is_wanted=is_wanted)
         self._held.append(held)
         return held
 
@@ -222,3 +224,18 @@ def test_removing_leaves_no_file_of_the_rank(claims: Claims) -> None:
     held.remove()
     held.remove()
     assert claims.names() == ["0.lock"]
+
+
+def test_a_set_with_blocks_for_us_comes_before_the_first(claims: Claims) -> None:
+    first, second = claims.take("a"), claims.take("b")
+    wanted = second.index_path
+    claims.release(first)
+    claims.release(second)
+    found = claims.take("c", is_wanted=lambda path: path == wanted)
+    assert (first.set_number, found.set_number) == (0, second.set_number)
+
+
+def test_a_rank_joins_the_set_of_its_engine_before_one_with_blocks_for_it(claims: Claims) -> None:
+    claims.take("other")
+    mine = claims.take("a", rank=0)
+    assert claims.take("a", rank=1, is_wanted=lambda _: True).set_number == mine.set_number

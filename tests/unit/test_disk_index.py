@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -327,3 +328,53 @@ def test_a_million_entries_are_found(file: File) -> None:
     found = file.reopened(num_blocks=count).entries
     assert len(found) == count
     assert found[-1] == (keys[-1], count - 1)
+
+
+def test_a_reset_does_not_wait_for_a_disk_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = File(tmp_path / "index").filled()
+    gate, is_inside, pwrite = threading.Event(), threading.Event(), os.pwrite
+
+    def hanging(fd: int, data: bytes, offset: int) -> int:
+        is_inside.set()
+        gate.wait()
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", hanging)
+    writer = threading.Thread(target=index.put, args=([1], [key(2)], [22]))
+    writer.start()
+    is_inside.wait()
+    index.begin_anew(SECOND, persists=False)  # a test that waits here hangs
+    assert index.get(3) is None
+    gate.set()
+    writer.join()
+
+
+def test_a_synced_reset_is_known_to_the_next_process(tmp_path: Path) -> None:
+    file = File(tmp_path / "index")
+    index = file.filled()
+    index.begin_anew(SECOND, persists=False)
+    index.sync()
+    found = file.index()
+    assert found.open() == "it was not to be kept"
+    assert found.entries() == []
+
+
+def test_old_records_are_void_before_their_bytes_are_overwritten(tmp_path: Path) -> None:
+    file = File(tmp_path / "index")
+    index = file.filled()
+    index.begin_anew(SECOND, persists=True)
+    index.erase([3])
+    found = file.index()
+    found.open()
+    assert found.entries() == []
+
+
+def test_bytes_of_before_a_reset_are_not_of_the_next_generation(tmp_path: Path) -> None:
+    index = File(tmp_path / "index").filled()
+    index.begin_anew(SECOND, persists=True)
+    index.put([1], [key(2)], [22], FIRST)
+    assert index.get(1) is None
+    index.put([1], [key(2)], [22], SECOND)
+    assert index.get(1) is not None

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from kvbm_core.ledger import OpLedger
-from kvbm_core.types import BlockHash, OpResult, Tier, TransferOp
+from kvbm_core.types import BlockHash, OpResult, Tier, TransferOp, pack_ids
 
 UP, DOWN = (Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST)
+FROM_DISK, TO_DISK = (Tier.DISK, Tier.HOST), (Tier.HOST, Tier.DISK)
 KEYS = [BlockHash(b"k"), BlockHash(b"l")]
 
 
@@ -76,3 +77,57 @@ def test_the_end_of_an_op_does_not_hide_a_later_one_on_its_blocks() -> None:
     second = ledger.open(DOWN, KEYS, [6, 7], [2, 3], ("b",))
     ledger.answer(0, ok(first))
     assert ledger.ops_on([6]) == {second.op_id}
+
+
+def bad(op: TransferOp, *failed: int) -> OpResult:
+    return OpResult(op.op_id, 0, 0.0, "bad", pack_ids(failed))
+
+
+@pytest.mark.parametrize("route", [FROM_DISK, TO_DISK])
+def test_a_disk_op_keeps_what_failed_on_no_rank(route: tuple[Tier, Tier]) -> None:
+    ledger = OpLedger(3)
+    keys = [BlockHash(bytes([i])) for i in range(4)]
+    op = ledger.open(route, keys, [0, 1, 2, 3], [4, 5, 6, 7])
+    ledger.answer(0, bad(op, 2))
+    ledger.answer(1, ok(op))
+    record, has_ended = ledger.answer(2, bad(op, 0, 2))
+    assert has_ended
+    assert record.split() == ([keys[1], keys[3]], [keys[0], keys[2]])
+
+
+def test_a_disk_op_that_names_no_failed_block_failed_for_all() -> None:
+    ledger = OpLedger(2)
+    op = ledger.open(FROM_DISK, KEYS, [0, 1], [2, 3])
+    ledger.answer(0, bad(op))
+    record, _ = ledger.answer(1, bad(op, 1))
+    assert record.split() == ([], KEYS)
+
+
+@pytest.mark.parametrize("position", [2, 2**32 - 1])
+def test_an_answer_that_names_blocks_the_op_does_not_have_is_a_failure_of_all(
+    position: int,
+) -> None:
+    ledger = OpLedger(1)
+    op = ledger.open(FROM_DISK, KEYS, [0, 1], [2, 3])
+    record, _ = ledger.answer(0, bad(op, 0, position))
+    assert record.split() == ([], KEYS)
+
+
+@pytest.mark.parametrize("route", [UP, DOWN])
+def test_a_copy_to_or_from_the_device_fails_for_all(route: tuple[Tier, Tier]) -> None:
+    ledger = OpLedger(1)
+    record, _ = ledger.answer(0, bad(ledger.open(route, KEYS, [0, 1], [5, 6]), 1))
+    assert record.split() == ([], KEYS)
+
+
+def test_only_ops_of_the_disk_carry_keys() -> None:
+    ledger = OpLedger(1)
+    assert ledger.open(TO_DISK, KEYS, [0, 1], [5, 6]).keys == b"kl"
+    assert ledger.open(DOWN, KEYS, [0, 1], [5, 6]).keys == b""
+
+
+def test_a_disk_op_uses_no_device_blocks() -> None:
+    ledger = OpLedger(1)
+    ledger.open(TO_DISK, KEYS, [0, 1], [5, 6])
+    ledger.open(FROM_DISK, KEYS, [7, 8], [2, 3])
+    assert ledger.ops_on(range(10)) == set()

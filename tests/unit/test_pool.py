@@ -161,3 +161,52 @@ def test_a_drop_says_how_many_were_there() -> None:
     pool.reserve([KEYS[5]])
     assert pool.drop(KEYS[:6]) == 2
     assert pool.num_free == 2
+
+
+def test_restored_blocks_are_ready_where_they_were() -> None:
+    pool = pool_of(4)
+    pool.restore([(KEYS[0], 2), (KEYS[1], 0)])
+    assert pool.match(KEYS, 0) == 2
+    assert pool.pin(KEYS[:2]) == [2, 0]
+    assert set(pool.reserve(KEYS[5:7])[0]) == {1, 3}
+
+
+def test_restored_blocks_are_evicted_oldest_first() -> None:
+    pool = pool_of(3)
+    pool.restore([(KEYS[4], 2), (KEYS[0], 0), (KEYS[2], 1)])
+    assert pool.reserve(KEYS[10:12])[1] == [KEYS[4], KEYS[0]]
+
+
+def test_nothing_restored_leaves_an_empty_pool() -> None:
+    pool = pool_of(3)
+    pool.restore([])
+    assert (pool.num_free, pool.num_ready) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [(KEYS[0], 0), (KEYS[0], 1)],
+        [(KEYS[0], 0), (KEYS[1], 0)],
+        [(KEYS[0], 3)],
+        [(KEYS[0], -1)],
+        [(key, i) for i, key in enumerate(KEYS[:4])],
+    ],
+    ids=["a key twice", "an id twice", "too large an id", "a negative id", "too many"],
+)
+def test_blocks_that_cannot_all_be_there_are_not_restored(
+    entries: list[tuple[BlockHash, int]],
+) -> None:
+    pool = pool_of(3)
+    with pytest.raises(IllegalTransition):
+        pool.restore(entries)
+    assert (pool.num_free, pool.num_ready) == (3, 0)
+
+
+@pytest.mark.parametrize("ready", [0, 1])
+def test_a_pool_in_use_cannot_be_restored(ready: int) -> None:
+    pool = pool_of(3, ready)
+    if not ready:
+        pool.reserve(KEYS[:1])
+    with pytest.raises(IllegalTransition, match="can't be restored to host"):
+        pool.restore([(KEYS[5], 2)])

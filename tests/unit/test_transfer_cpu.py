@@ -9,7 +9,7 @@ import pytest
 
 from kvbm_core.transfer import cpu
 from kvbm_core.transfer.cpu import CpuTransferEngine
-from kvbm_core.types import BlockId, Blocks, OpResult, Tier, TransferOp
+from kvbm_core.types import KEY_BYTES, BlockId, Blocks, OpResult, Tier, TransferOp
 
 PATIENCE_SECONDS = 20.0  # how long a test waits before it fails; never a measure
 
@@ -288,3 +288,13 @@ def test_close_may_be_called_again(open_engine: Engines) -> None:
     engine = open_engine()
     engine.close()
     engine.close()
+
+
+def test_an_op_between_host_and_disk_fails_where_there_is_no_disk(
+    copier: GatedCopier, open_engine: Engines
+) -> None:
+    engine = open_engine(num_threads=1)
+    blocks = Blocks.of(Tier.DISK, [0]), Blocks.of(Tier.HOST, [0])
+    engine.submit(TransferOp(1, (), *blocks, bytes(KEY_BYTES)))
+    assert "without a disk tier" in results_of(engine, 1)[1].error
+    assert not copier.copies

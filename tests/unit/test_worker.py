@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from kvbm_core.types import Blocks, Tier, TransferOp
-from kvbm_core.wire import StepPlan
+from pathlib import Path
+
+import pytest
+
+from kvbm_core.storage.disk import DiskOptions, DiskStore
+from kvbm_core.storage.index import DiskIndex
+from kvbm_core.types import KEY_BYTES, BlockHash, Blocks, Tier, TransferOp
+from kvbm_core.wire import GENERATION_BYTES, DiskReset, StepPlan
 from kvbm_core.worker import Worker
 from tests.property.cluster import ModelTransfer
+from tests.property.model_disk import ModelDisk
 
 
 def load(op_id: int, name: str = "a", *device_ids: int) -> TransferOp:
@@ -18,6 +25,16 @@ def offload(op_id: int, name: str = "a", *device_ids: int) -> TransferOp:
     return TransferOp(
         op_id, (name,), Blocks.of(Tier.DEVICE, device_ids), Blocks.of(Tier.HOST, device_ids)
     )
+
+
+def write(op_id: int, name: str = "a", *ids: int) -> TransferOp:
+    keys = bytes(KEY_BYTES * len(ids))
+    return TransferOp(op_id, (name,), Blocks.of(Tier.HOST, ids), Blocks.of(Tier.DISK, ids), keys)
+
+
+def promotion(op_id: int, name: str = "a", *ids: int) -> TransferOp:
+    keys = bytes(KEY_BYTES * len(ids))
+    return TransferOp(op_id, (name,), Blocks.of(Tier.DISK, ids), Blocks.of(Tier.HOST, ids), keys)
 
 
 def started(*ops: TransferOp) -> tuple[Worker, ModelTransfer]:
@@ -157,3 +174,83 @@ def test_close_ends_the_engine_before_the_memory_goes() -> None:
 
     Worker(0, Watched(), lambda: order.append("memory")).close()
     assert order == ["engine", "memory"]
+
+
+def test_disk_ops_are_submitted_when_the_step_begins_and_only_then() -> None:
+    transfer = ModelTransfer()
+    worker = Worker(0, transfer)
+    worker.begin(StepPlan(ops=(write(1, "", 1), promotion(2, "b", 2), offload(3, "a", 3))))
+    assert transfer.op_ids == [1, 2]
+    worker.submit_onboards()
+    worker.submit_offloads()
+    step(worker, StepPlan())
+    assert transfer.op_ids == [1, 2, 3]
+
+
+def test_a_drained_request_is_not_held_up_by_the_disk() -> None:
+    worker, _ = started(write(1, "a", 1), promotion(2, "a", 2))
+    step(worker, StepPlan(drain=("a",)))
+    assert worker.take_drained() == {"a"}
+
+
+def test_a_promotion_that_failed_is_reported_and_no_load_of_its_request() -> None:
+    disk = ModelDisk(num_blocks=2, make_index=DiskIndex)
+    disk.open()
+    transfer = ModelTransfer(disk)
+    worker = Worker(0, transfer)
+    worker.begin(StepPlan(ops=(promotion(1, "a", 1),)))
+    transfer.fail(1)
+    worker.poll()
+    assert (worker.take_received(), worker.take_load_errors()) == (set(), set())
+    report = worker.take_report()
+    assert report is not None
+    assert [(result.op_id, result.ok) for result in report.results] == [(1, False)]
+    disk.close()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> DiskStore:
+    """A store with one block written in a generation that persists."""
+    store = DiskStore(
+        DiskOptions(tmp_path, zerofill=True, direct=False),
+        num_blocks=2,
+        block_bytes=4096,
+        identity="test",
+        engine="test",
+        rank=0,
+        num_ranks=1,
+    )
+    store.open()
+    store.index.begin_anew(bytes(GENERATION_BYTES), persists=True)
+    store.index.put([0], [BlockHash(bytes(KEY_BYTES))], [7], bytes(GENERATION_BYTES))
+    return store
+
+
+def test_a_reset_of_the_disk_comes_before_the_ops_of_its_plan(disk: DiskStore) -> None:
+    found_at_submit = []
+
+    class Watched(ModelTransfer):
+        def submit(self, op: TransferOp) -> None:
+            found_at_submit.append(disk.index.get(0))
+
+    worker = Worker(0, Watched(), disk=disk)
+    assert disk.index.get(0) is not None
+    reset = DiskReset(b"g" * GENERATION_BYTES, persists=False)
+    worker.begin(StepPlan(ops=(write(1, "", 1),), disk_reset=reset))
+    assert found_at_submit == [None]
+    assert (disk.index.generation, disk.index.persists) == (b"g" * GENERATION_BYTES, False)
+    disk.close()
+
+
+def test_a_plan_without_a_reset_voids_nothing(disk: DiskStore) -> None:
+    worker = Worker(0, ModelTransfer(), disk=disk)
+    step(worker, StepPlan(ops=(write(1, "", 1),)))
+    assert disk.index.get(0) is not None
+    disk.close()
+
+
+def test_a_rank_without_a_disk_has_nothing_to_reset() -> None:
+    transfer = ModelTransfer()
+    reset = DiskReset(bytes(GENERATION_BYTES), persists=True)
+    step(Worker(0, transfer), StepPlan(ops=(offload(1, "a", 1),), disk_reset=reset))
+    assert transfer.op_ids == [1]
