@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from kvbm_core.types import BlockId, OpId, OpResult, RequestId, Tier, TransferOp
+from kvbm_core.types import (
+    KEY_BYTES,
+    BlockHash,
+    BlockId,
+    OpId,
+    OpResult,
+    RequestId,
+    Tier,
+    TransferOp,
+    pack_ids,
+)
 from kvbm_core.wire import decode_plan, encode
 from kvbm_core.worker import Worker
-
-Content = tuple[int, tuple[int, ...]]
-"""(epoch, all tokens up to and including the block's); complete where it ends at a block's end."""
+from tests.property.content import Content
+from tests.property.model_disk import ModelDisk
 
 Place = tuple[Tier, BlockId]
 
@@ -53,8 +62,12 @@ class Bundle:
 
 @dataclass
 class _Moving:
+    """generation: of the disk when the op was submitted."""
+
     op: TransferOp
+    generation: bytes = b""
     num_done: int = 0
+    failed: list[int] = field(default_factory=list)
 
     def pairs(self) -> list[tuple[Place, Place]]:
         op = self.op
@@ -67,12 +80,25 @@ class _Moving:
     def targets(self) -> set[Place]:
         return {dst for _, dst in self.pairs()}
 
+    def key(self, position: int) -> BlockHash:
+        return key_at(self.op, position)
+
+
+def key_at(op: TransferOp, position: int) -> BlockHash:
+    """Of an op that touches disk."""
+    return BlockHash(op.keys[position * KEY_BYTES : (position + 1) * KEY_BYTES])
+
 
 class ModelTransfer:
-    """A TransferEngine whose ops move only in `move`, `fail` and `wait`."""
+    """A TransferEngine whose ops move only in `move`, `fail` and `wait`.
 
-    def __init__(self) -> None:
+    is_hung: ops of the disk neither move nor fail, as copies in memory always do sooner or later.
+    """
+
+    def __init__(self, disk: ModelDisk | None = None) -> None:
         self.memory: dict[Place, Content] = {}
+        self.disk = disk
+        self.is_hung = False
         self._moving: dict[OpId, _Moving] = {}
         self._results: list[OpResult] = []
 
@@ -84,10 +110,11 @@ class ModelTransfer:
     def offloading(self) -> set[RequestId]:
         """Requests with an offload in flight."""
         ops = [moving.op for moving in self._moving.values()]
-        return {request_id for op in ops if not op.is_onboard for request_id in op.request_ids}
+        offloads = [op for op in ops if op.src.tier is Tier.DEVICE]
+        return {request_id for op in offloads for request_id in op.request_ids}
 
     def submit(self, op: TransferOp) -> None:
-        new = _Moving(op)
+        new = _Moving(op, b"" if self.disk is None else self.disk.index.generation)
         for other in self._moving.values():
             touched = new.targets() & (other.sources() | other.targets())
             touched |= new.sources() & other.targets()
@@ -105,18 +132,33 @@ class ModelTransfer:
     def move(self, op_id: OpId, count: int) -> None:
         """Copy the next `count` blocks of an op; the last one ends it."""
         moving = self._moving[op_id]
-        for src, dst in moving.pairs()[moving.num_done : moving.num_done + count]:
-            self._copy(src, dst)
-        moving.num_done += count
-        if moving.num_done >= len(moving.op.src):
-            self._end(op_id, "")
+        if self._hangs(moving):
+            return
+        num_blocks = len(moving.op.src)
+        end = min(num_blocks, moving.num_done + count)
+        for position, (src, dst) in list(enumerate(moving.pairs()))[moving.num_done : end]:
+            self._copy(moving, position, src, dst)
+        moving.num_done = end
+        if end == num_blocks:
+            self._end(op_id)
 
     def fail(self, op_id: OpId) -> None:
         """End an op in failure, with nothing good in what it had left to write."""
         moving = self._moving[op_id]
-        for _, dst in moving.pairs()[moving.num_done :]:
-            self.memory.pop(dst, None)
+        if self._hangs(moving):
+            return
+        for position, (src, dst) in list(enumerate(moving.pairs()))[moving.num_done :]:
+            self._spoil(src, dst)
+            moving.failed.append(position)
         self._end(op_id, "planned failure")
+
+    def kill(self) -> None:
+        """The process dies: of the block that each write was at, some bytes are written."""
+        for moving in self._moving.values():
+            for _, (tier, block_id) in moving.pairs()[moving.num_done :][:1]:
+                if tier is Tier.DISK:
+                    self._disk.tear(block_id)
+        self._moving.clear()
 
     def poll(self) -> list[OpResult]:
         results, self._results = self._results, []
@@ -125,6 +167,7 @@ class ModelTransfer:
     def wait(self, op_ids: Collection[OpId]) -> None:
         for op_id in op_ids:
             if op_id in self._moving:
+                assert self._moving[op_id].op.touches_device, "an engine would wait for a disk"
                 self.move(op_id, len(self._moving[op_id].op.src))
 
     def wait_any(self, timeout_seconds: float) -> None:
@@ -133,17 +176,44 @@ class ModelTransfer:
     def close(self) -> None:
         self._moving.clear()
 
-    def _copy(self, src: Place, dst: Place) -> None:
-        content = self.memory.get(src)
-        if content is None:
-            self.memory.pop(dst, None)
-        else:
-            self.memory[dst] = content
+    @property
+    def _disk(self) -> ModelDisk:
+        assert self.disk is not None, "a disk op on a rank without a disk"
+        return self.disk
 
-    def _end(self, op_id: OpId, error: str) -> None:
+    def _hangs(self, moving: _Moving) -> bool:
+        return self.is_hung and not moving.op.touches_device
+
+    def _copy(self, moving: _Moving, position: int, src: Place, dst: Place) -> None:
+        from_disk = src[0] is Tier.DISK
+        if from_disk:
+            content = self._disk.read(src[1], moving.key(position))
+        else:
+            content = self.memory.get(src)
+        if dst[0] is Tier.DISK:
+            self._disk.write(dst[1], moving.key(position), content, moving.generation)
+        elif content is not None:
+            self.memory[dst] = content
+        else:
+            self.memory.pop(dst, None)
+            moving.failed += [position] if from_disk else []
+
+    def _spoil(self, src: Place, dst: Place) -> None:
+        if src[0] is Tier.DISK:
+            self._disk.forget(src[1])
+        if dst[0] is Tier.DISK:
+            self._disk.tear(dst[1])
+        else:
+            self.memory.pop(dst, None)
+
+    def _end(self, op_id: OpId, error: str = "") -> None:
         moving = self._moving.pop(op_id)
-        num_bytes = 0 if error else len(moving.op.src)
-        self._results.append(OpResult(op_id, num_bytes, 0.0, error))
+        num_blocks = len(moving.op.src)
+        error = error or ("planned corruption" if moving.failed else "")
+        # That all of them failed may be said either way.
+        is_partial = not moving.op.touches_device and len(moving.failed) < num_blocks
+        failed = pack_ids(moving.failed) if is_partial else b""
+        self._results.append(OpResult(op_id, num_blocks - len(moving.failed), 0.0, error, failed))
 
 
 class Rank:
@@ -159,14 +229,16 @@ class Rank:
         make_worker: Callable[..., Worker],
         *,
         late: bool = False,
+        disk: ModelDisk | None = None,
     ) -> None:
         self.index = index
         self.late = late
         self.generation = generation
         self.steps: deque[Step] = deque()
         self.bundles: deque[Bundle] = deque()
-        self.transfer = ModelTransfer()
-        self._worker = make_worker(index, self.transfer)
+        self.disk = disk
+        self.transfer = ModelTransfer(disk)
+        self._worker = make_worker(index, self.transfer, disk=disk)
 
     def device(self, block_id: BlockId) -> Content | None:
         return self.transfer.memory.get((Tier.DEVICE, block_id))

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from kvbm_core.types import BlockId
-from tests.property.cluster import Content
+from tests.property.content import Content
 
 
 class DeviceCache:

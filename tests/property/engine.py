@@ -8,56 +8,36 @@ nothing is loaded or stored twice at a time, every op ends once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
-from kvbm_core.eviction import Lru
-from kvbm_core.types import BlockHash, BlockId, OpId, Tier, TransferOp
+from kvbm_core.types import BlockId, Tier, unpack_ids
 from kvbm_core.wire import decode_report, encode
-from tests.property.cluster import Bundle, Content, Rank, Step
-from tests.property.device_cache import DeviceCache
-from tests.property.requests import BLOCK_SIZE, OpMirror, Parts, Request, blocks_for
+from tests.property.cluster import Bundle, Step
+from tests.property.plan_checks import (
+    check_end,
+    check_loaded,
+    check_none_lost,
+    check_plan,
+    check_wait,
+    loads_of_others,
+    waiting_to_be_written,
+)
+from tests.property.process import Process
+from tests.property.requests import BLOCK_SIZE, OpMirror, Request, blocks_for
+from tests.property.setup import Setup
 
 MAX_QUEUED_STEPS = 2
+ROUND_SECONDS = 0.01
+SETTLING_SECONDS = 1.0
 
 
-class Engine:
-    def __init__(
-        self,
-        *,
-        num_ranks: int,
-        num_host_blocks: int,
-        num_device_blocks: int,
-        eager_reuse: bool = False,
-        device_remembers: bool = True,
-        offload_generated: bool = True,
-        late_offloads: bool = False,
-        holds_blocks: bool = True,
-        late_keys: bool = False,
-        parts: Parts | None = None,
-    ) -> None:
-        self._parts = parts or Parts()
-        self.pool = self._parts.pool(Tier.HOST, num_host_blocks, Lru())
-        self.leader = self._parts.leader(
-            self.pool,
-            block_size=BLOCK_SIZE,
-            num_ranks=num_ranks,
-            offload_generated_blocks=offload_generated,
-            engine_holds_blocks=holds_blocks,
-        )
-        self._holds_blocks = holds_blocks
-        self._late_keys = late_keys
-        self.ranks = [Rank(i, 0, self._parts.worker, late=late_offloads) for i in range(num_ranks)]
-        self.device = DeviceCache(num_device_blocks, eager=eager_reuse, remembers=device_remembers)
-        self.requests: list[Request] = []
-        self.held: list[Request] = []
-        self.ops: dict[OpId, OpMirror] = {}
-        self.contents_of_key: dict[BlockHash, tuple[int, ...]] = {}
-        self.num_ended_ops = 0
-        self.num_lost = 0
-        self.num_resets = 0
-        self.num_loaded_blocks = 0
-        self.epoch = 0
-        self._names = 0
+class Engine(Process):
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        if setup.num_disk_blocks and setup.num_served_tokens:
+            self.submit([0] * setup.num_served_tokens, 0)
+            self.settle()
+            self.restart()
 
     # What happens from outside
 
@@ -67,7 +47,7 @@ class Engine:
         self.requests.append(request)
         self.leader.create_slot(request.id, request.keys, len(request.tokens))
         self._learn_keys(request)
-        request.keys.is_late = self._late_keys
+        request.keys.is_late = self.setup.late_keys
         return request
 
     def abort(self, request: Request) -> None:
@@ -89,16 +69,28 @@ class Engine:
         self.step(0, 0)  # nothing is queued in the leader; see test_leader_losing_a_rank
         self.num_lost += 1
         old = self.ranks[index]
-        new = Rank(index, old.generation + 1, self._parts.worker, late=old.late)
+        old.transfer.kill()
+        if old.disk is not None:
+            old.disk.open()
+        new = self.make_rank(index, old.generation + 1, old.disk)
         new.bundles = old.bundles  # what it had sent may still arrive
         self.ranks[index] = new
         self.leader.lose_rank(index)
         for mirror in list(self.ops.values()):
-            mirror.failed = True
+            mirror.fail(())
             self._answered(mirror, index)
         self._start_epoch()
         for request in [*self.requests, *self.held]:
             self._excuse(request, index)
+
+    def restart(self) -> None:
+        """kill -9: nothing is left of the process but what its ranks have on disk."""
+        self.num_restarts += 1
+        for rank in self.ranks:
+            rank.transfer.kill()
+        for nothing in (self.requests, self.held, self.ops):
+            nothing.clear()
+        self.start()
 
     # A step
 
@@ -116,13 +108,17 @@ class Engine:
         for part in forward:
             self.device.contents.update(part.writes)
         tables = {request.id: request.table for request, _ in progress}
+        waiting = waiting_to_be_written(self)
         plan = self.leader.plan_step(
             [(request.id, end) for request, end in progress],
             tables.__getitem__,
             reissued=reissued,
             idle=not progress,
+            now_seconds=self.now_seconds,
         )
-        self._check_plan(plan.ops, plan.fences, before)
+        self.planned_seconds = self.now_seconds
+        check_none_lost(self, waiting)
+        check_plan(self, plan.ops, plan.fences, before)
         self._queue(Step(encode(plan), forward))
         for request, end in progress:
             self._advance(request, end)
@@ -144,6 +140,7 @@ class Engine:
 
     def round(self, chunk: int, num_admitted: int = 2) -> None:
         """A step in which every rank executes all it has, ends its ops and is heard."""
+        self.now_seconds += ROUND_SECONDS
         self.step(chunk, num_admitted)
         for rank in self.ranks:
             while rank.steps:
@@ -154,13 +151,19 @@ class Engine:
                 self.deliver(rank.index)
 
     def settle(self) -> None:
-        """Step until all requests are done and the leader has no work left."""
+        """Step until all requests are done and the leader has no work left; ops that hang do not
+        keep it from that."""
         for i in range(300):
+            self.now_seconds += SETTLING_SECONDS
             if not self.requests and not self.leader.has_work() and not self._is_stepping():
                 return
             self.round(4, 2 if i < 50 else self._num_admitted_alone())
         waiting = [(r.id, r.state) for r in self.requests]
         raise AssertionError(f"never idle: {waiting}, work: {self.leader.has_work()}")
+
+    def release_hung(self) -> None:
+        for rank in self.ranks:
+            rank.transfer.is_hung = False
 
     def _num_admitted_alone(self) -> int:
         """One at a time: two that each need all device blocks would preempt each other forever."""
@@ -184,8 +187,9 @@ class Engine:
         num_hit_tokens = len(hits) * BLOCK_SIZE
         found = self.leader.match(request.id, num_hit_tokens)
         if found is None:
-            assert self._loads_of_others(request, len(hits)), "waits for nothing"
+            check_wait(self, request, len(hits))
             return
+        request.waits_since_seconds = None
         assert found % BLOCK_SIZE == 0
         assert num_hit_tokens + found <= len(request.tokens)
         num_new = found // BLOCK_SIZE or blocks_for(
@@ -197,7 +201,7 @@ class Engine:
         request.table, request.num_hits, request.is_new = table, len(hits), True
         request.num_computed = num_hit_tokens + found
         if found:
-            assert self.epoch not in self._loads_of_others(request, len(hits)), "loaded twice"
+            assert self.epoch not in loads_of_others(self, request, len(hits)), "loaded twice"
             request.state = "loading"
             request.loading_ranks = set(range(len(self.ranks)))
         else:
@@ -266,9 +270,10 @@ class Engine:
             request.draining_ranks = set(range(len(self.ranks)))
             self.held.append(request)
         else:
-            reading = [m.op for m in self.ops.values() if request.id in m.op.request_ids]
+            offloads = [m.op for m in self.ops.values() if m.op.src.tier is Tier.DEVICE]
+            reading = [op for op in offloads if request.id in op.request_ids]
             is_read = any(set(op.src.ids()) & set(request.table) for op in reading)
-            assert not (is_read and self._holds_blocks)
+            assert not (is_read and self.setup.holds_blocks)
             self._release(request)
 
     def _restart(self, request: Request) -> None:
@@ -280,9 +285,11 @@ class Engine:
         request.table = []
 
     def _start_epoch(self) -> None:
-        self.epoch += 1
+        self._num_epochs += 1
+        self.epoch = self._num_epochs
         self.device.clear()
         for request in self.requests:
+            request.waits_since_seconds = None
             if request.state in ("running", "loaded"):
                 self._restart(request)
 
@@ -309,7 +316,7 @@ class Engine:
             request.num_computed = min(request.bad_blocks) * BLOCK_SIZE
             request.bad_blocks.clear()
         else:
-            self._check_loaded(request)
+            check_loaded(self, request)
         if request in self.held:
             self.held.remove(request)
             self._release(request)
@@ -329,7 +336,8 @@ class Engine:
         for result in report.results:
             mirror = self.ops.get(result.op_id)
             if mirror is not None and index in mirror.owed:
-                mirror.failed |= not result.ok
+                if not result.ok:
+                    mirror.fail(unpack_ids(result.failed))
                 self._answered(mirror, index)
             else:
                 assert bundle.generation != self.ranks[index].generation, f"{result} came twice"
@@ -340,10 +348,7 @@ class Engine:
             return
         del self.ops[mirror.op.op_id]
         self.num_ended_ops += 1
-        if mirror.op.is_onboard and mirror.failed:
-            ready = {self.contents_of_key[key] for key in self.pool.ready_keys()}
-            for epoch, tokens in mirror.contents:
-                assert epoch != self.epoch or tokens not in ready, "kept after a failed load"
+        check_end(self, mirror)
 
     def _take(self, index: int, bundle: Bundle) -> None:
         everybody = [*self.requests, *self.held]
@@ -356,60 +361,6 @@ class Engine:
                 self._received(request, index)
             if request.id in bundle.drained:
                 self._drained(request, index)
-
-    # Checks
-
-    def _check_plan(
-        self,
-        ops: Sequence[TransferOp],
-        fences: Iterable[OpId],
-        before: Mapping[BlockId, Content],
-    ) -> None:
-        """before: what the device held before this step's forward, for offloads it overwrites."""
-        known = {*self.ops, *(op.op_id for op in ops)}
-        assert set(fences) <= known, "a fence on an op that is not in flight"
-        for op in ops:
-            assert op.op_id not in self.ops, "an op was planned twice"
-            held = before if op.op_id in set(fences) else self.device.contents
-            contents = self._contents_of(op, held)
-            for other in self.ops.values():
-                if other.op.is_onboard == op.is_onboard:
-                    assert not set(other.contents) & set(contents), "the same blocks move twice"
-            owed = set(range(len(self.ranks)))
-            self.ops[op.op_id] = OpMirror(op, contents, owed)
-
-    def _contents_of(self, op: TransferOp, held: Mapping[BlockId, Content]) -> list[Content]:
-        if op.is_onboard:
-            request = next(r for r in [*self.requests, *self.held] if r.id in op.request_ids)
-            place = request.num_hits
-            assert list(op.dst.ids()) == request.table[place : place + len(op.dst)]
-            return request.full_contents(request.num_computed)[place:]
-        contents = [held[block] for block in op.src.ids()]
-        ready = {self.contents_of_key[key] for key in self.pool.ready_keys()}
-        for epoch, tokens in contents:
-            assert len(tokens) % BLOCK_SIZE == 0, f"{op} stores an incomplete block"
-            assert epoch != self.epoch or tokens not in ready, f"{op} stores {tokens} again"
-        return contents
-
-    def _check_loaded(self, request: Request) -> None:
-        contents = request.full_contents(request.num_computed)
-        self.num_loaded_blocks += len(contents) - request.num_hits
-        for rank in self.ranks:
-            for block, content in zip(request.table, contents, strict=False):
-                assert rank.device(block) == content, (
-                    f"rank {rank.index} loaded {rank.device(block)}, not {content}"
-                )
-
-    def _loads_of_others(self, request: Request, start: int) -> set[int]:
-        """Epochs of loads in flight of a block that the request has from `start` on."""
-        wanted = {tokens for _, tokens in request.full_contents(len(request.tokens))[start:]}
-        return {
-            epoch
-            for other in [*self.requests, *self.held]
-            if other is not request and other.loading_ranks
-            for epoch, tokens in other.full_contents(other.num_computed)[other.num_hits :]
-            if tokens in wanted
-        }
 
     def _learn_keys(self, request: Request) -> None:
         for i, key in enumerate(request.keys):

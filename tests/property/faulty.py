@@ -90,7 +90,9 @@ class WithLedger(Leader):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._ledger = self.ledger(self.num_ranks)
+        self._ledger = self._offloads._ledger = self.ledger(self.num_ranks)
+        if self._cascade is not None:
+            self._cascade._ledger = self._ledger
 
 
 class CommitsOnFirstRank(WithLedger):

@@ -3,22 +3,64 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvbm_core.types import OpId
-from tests.property.checks import check, check_idle
+from tests.property.checks import check, check_at_rest, check_idle
 from tests.property.cluster import ModelTransfer
 from tests.property.engine import Engine
-from tests.property.requests import Parts
+from tests.property.setup import Parts, Setup
 
 MAX_REQUESTS = 5
 MAX_DISASTERS = 1
+MAX_RESTARTS = 4
 RANKS = st.integers(0, 2)
 FATES = st.lists(st.sampled_from(["waits", "moves", "ends", "fails"]), min_size=3, max_size=6)
 PICKS = st.integers(0, 7)
+PASSED_SECONDS = st.sampled_from([0.5, 11.0, 31.0, 61.0, 601.0])
+SETUPS = st.builds(
+    Setup,
+    num_ranks=st.integers(1, 3),
+    num_host_blocks=st.integers(1, 8),
+    num_device_blocks=st.integers(9, 14),
+    eager_reuse=st.booleans(),
+    device_remembers=st.sampled_from([False, False, True]),
+    offload_generated=st.booleans(),
+    late_offloads=st.booleans(),
+    holds_blocks=st.booleans(),
+    late_keys=st.booleans(),
+    num_disk_blocks=st.sampled_from([0, 0, 4, 8]),
+    disk_filter=st.sampled_from(["all", "all", "frequency"]),
+    window_blocks=st.integers(1, 4),
+    can_wait=st.sampled_from([True, True, False]),
+    num_served_tokens=st.sampled_from([0, 9]),
+)
+
+# So small a host that blocks come up from a disk that has served before.
+WITH_DISK = {
+    "num_host_blocks": 3,
+    "num_disk_blocks": 6,
+    "disk_filter": "all",
+    "device_remembers": False,
+    "can_wait": True,
+    "num_served_tokens": 9,
+}
+
+
+def _has_disk(machine: LeaderMachine) -> bool:
+    return machine.engine.disk_pool is not None
+
+
+def _has_content_on_disk(machine: LeaderMachine) -> bool:
+    return any(disk.contents for disk in machine.engine.disks)
+
+
+def _is_hung(machine: LeaderMachine) -> bool:
+    return any(rank.transfer.is_hung for rank in machine.engine.ranks)
 
 
 class LeaderMachine(RuleBasedStateMachine):
@@ -28,41 +70,9 @@ class LeaderMachine(RuleBasedStateMachine):
     circumstances: ClassVar[dict[str, Any]] = {}
     engine: Engine
 
-    @initialize(
-        num_ranks=st.integers(1, 3),
-        num_host_blocks=st.integers(1, 8),
-        num_device_blocks=st.integers(9, 14),
-        eager_reuse=st.booleans(),
-        device_remembers=st.sampled_from([False, False, True]),
-        offload_generated=st.booleans(),
-        late_offloads=st.booleans(),
-        holds_blocks=st.booleans(),
-        late_keys=st.booleans(),
-    )
-    def start(
-        self,
-        num_ranks: int,
-        num_host_blocks: int,
-        num_device_blocks: int,
-        eager_reuse: bool,
-        device_remembers: bool,
-        offload_generated: bool,
-        late_offloads: bool,
-        holds_blocks: bool,
-        late_keys: bool,
-    ) -> None:
-        drawn = {
-            "num_ranks": num_ranks,
-            "num_host_blocks": num_host_blocks,
-            "num_device_blocks": num_device_blocks,
-            "eager_reuse": eager_reuse,
-            "device_remembers": device_remembers,
-            "offload_generated": offload_generated,
-            "late_offloads": late_offloads,
-            "holds_blocks": holds_blocks,
-            "late_keys": late_keys,
-        }
-        self.engine = Engine(**{**drawn, **self.circumstances}, parts=self.parts)
+    @initialize(setup=SETUPS)
+    def start(self, setup: Setup) -> None:
+        self.engine = Engine(replace(setup, **self.circumstances, parts=self.parts))
 
     @precondition(lambda self: len(self.engine.requests) < MAX_REQUESTS)
     @rule(shared=st.integers(1, 9), own=st.integers(0, 4), num_generated=st.integers(0, 4))
@@ -147,6 +157,41 @@ class LeaderMachine(RuleBasedStateMachine):
     def lose_rank(self, rank: int) -> None:
         self.engine.lose_rank(rank % len(self.engine.ranks))
 
+    @precondition(_has_disk)
+    @rule(seconds=PASSED_SECONDS)
+    def pass_time(self, seconds: float) -> None:
+        self.engine.now_seconds += seconds
+
+    @precondition(_has_content_on_disk)
+    @rule(rank=RANKS, pick=PICKS)
+    def corrupt(self, rank: int, pick: int) -> None:
+        disk = self.engine.disks[rank % len(self.engine.ranks)]
+        if block_ids := sorted(disk.contents):
+            disk.corrupt(block_ids[pick % len(block_ids)])
+
+    @precondition(lambda self: _has_disk(self) and not _is_hung(self))
+    @rule(rank=RANKS)
+    def hang(self, rank: int) -> None:
+        self.engine.ranks[rank % len(self.engine.ranks)].transfer.is_hung = True
+
+    @precondition(_is_hung)
+    @rule()
+    def answer_again(self) -> None:
+        self.engine.release_hung()
+
+    @precondition(
+        lambda self: _has_content_on_disk(self) and self.engine.num_restarts < MAX_RESTARTS
+    )
+    @rule(rank=RANKS, count=st.integers(0, 3), shared=st.integers(1, 9), own=st.integers(0, 4))
+    def restart(self, rank: int, count: int, shared: int, own: int) -> None:
+        """The process dies while one rank's disk lags behind; who was being served asks again."""
+        self.submit(shared, own, 0)
+        self.engine.ranks[rank % len(self.engine.ranks)].transfer.is_hung = True
+        for _ in range(count):
+            self.engine.round(4)
+        self.engine.restart()
+        self.submit(shared, own, 0)
+
     @invariant()
     def holds(self) -> None:
         if hasattr(self, "engine"):
@@ -155,6 +200,19 @@ class LeaderMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Let everything end by itself: all requests finish, and nothing is left."""
         has_failed = sys.exc_info()[0] is not None  # then that is what is to be seen
-        if hasattr(self, "engine") and not has_failed:
-            self.engine.settle()
-            check_idle(self.engine)
+        if not hasattr(self, "engine"):
+            return
+        try:
+            if not has_failed:
+                self._end_all()
+        finally:
+            self.engine.close()
+
+    def _end_all(self) -> None:
+        self.engine.settle()
+        check_at_rest(self.engine)
+        self.engine.release_hung()
+        for _ in range(3):
+            self.engine.round(0)
+        self.engine.settle()
+        check_idle(self.engine)

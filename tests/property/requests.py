@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvbm_core.hashing import PrefixChain
-from kvbm_core.leader import Leader
-from kvbm_core.pool import BlockPool
 from kvbm_core.types import BlockHash, BlockId, RequestId, TransferOp
-from kvbm_core.worker import Worker
-from tests.property.cluster import Content, Write
+from tests.property.cluster import Write
+from tests.property.content import Content
 
 BLOCK_SIZE = 2
 
 
 def blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the engine is built from; a planted fault replaces one."""
-
-    pool: Callable[..., BlockPool] = BlockPool
-    leader: Callable[..., Leader] = Leader
-    worker: Callable[..., Worker] = Worker
 
 
 class LateKeys(Sequence[BlockHash]):
@@ -49,7 +38,10 @@ class LateKeys(Sequence[BlockHash]):
 
 @dataclass
 class Request:
-    """state: waiting, loading, loaded (may be scheduled), running, done."""
+    """state: waiting, loading, loaded (may be scheduled), running, done.
+
+    waits_since_seconds: when it was first told to wait for blocks that come up from disk.
+    """
 
     id: RequestId
     tokens: list[int]
@@ -64,6 +56,7 @@ class Request:
     bad_blocks: set[int] = field(default_factory=set)
     loading_ranks: set[int] = field(default_factory=set)
     draining_ranks: set[int] = field(default_factory=set)
+    waits_since_seconds: float | None = None
 
     def __post_init__(self) -> None:
         self.keys = LateKeys(self.tokens)
@@ -95,4 +88,15 @@ class OpMirror:
     op: TransferOp
     contents: list[Content]
     owed: set[int]
+    began_seconds: float
     failed: bool = False
+    failed_positions: set[int] = field(default_factory=set)
+
+    @property
+    def route(self) -> str:
+        return self.op.route
+
+    def fail(self, positions: Sequence[int]) -> None:
+        """Some rank failed at these; without any, at all of them."""
+        self.failed = True
+        self.failed_positions.update(positions or range(len(self.op.src)))

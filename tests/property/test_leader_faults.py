@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -9,7 +11,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from kvbm_core.errors import KvbmError
 from tests.property import faulty
 from tests.property.leader_machine import LeaderMachine
-from tests.property.requests import Parts
+from tests.property.setup import Parts
 
 SEARCH = settings(
     max_examples=2000,
@@ -49,8 +51,11 @@ FAULTS = [
 ]
 
 # What a fault needs to show that the random engine rarely is.
+WITHOUT_DISK = {"num_disk_blocks": 0}
 CIRCUMSTANCES = {
+    "FreesPinned": {**WITHOUT_DISK, "num_host_blocks": 3, "device_remembers": False},
     "SubmitsFencedLate": {
+        **WITHOUT_DISK,
         "num_ranks": 1,
         "num_host_blocks": 8,
         "num_device_blocks": 9,
@@ -60,7 +65,7 @@ CIRCUMSTANCES = {
         "late_offloads": False,
         "holds_blocks": False,
         "late_keys": True,
-    }
+    },
 }
 
 
@@ -72,10 +77,16 @@ def _name(parts: Parts) -> str:
 
 @pytest.mark.parametrize("parts", FAULTS, ids=_name)
 def test_the_machine_notices(parts: Parts) -> None:
+    search(parts, CIRCUMSTANCES.get(_name(parts), WITHOUT_DISK))
+
+
+def search(parts: Parts, circumstances: dict[str, Any]) -> None:
+    """Run the machine with a planted fault until it notices, or fail."""
+
     class Faulty(LeaderMachine):
         pass
 
     Faulty.parts = parts
-    Faulty.circumstances = CIRCUMSTANCES.get(_name(parts), {})
+    Faulty.circumstances = circumstances
     with pytest.raises((AssertionError, KvbmError, KeyError)):
         run_state_machine_as_test(Faulty, settings=SEARCH)

@@ -82,6 +82,38 @@ def test_packed_ids_survive(ids: list[int]) -> None:
     assert len(Blocks.of(Tier.HOST, ids)) == len(ids)
 
 
+@given(st.binary(max_size=GENERATION_BYTES + 4), st.booleans())
+def test_only_generations_of_the_right_size_are_accepted(generation: bytes, persists: bool) -> None:
+    plan = StepPlan(disk_reset=DiskReset(generation, persists))
+    if len(generation) == GENERATION_BYTES:
+        assert decode_plan(encode(plan)) == plan
+    else:
+        with pytest.raises(WireError, match="disk generation"):
+            decode_plan(encode(plan))
+
+
+@given(ops(), st.integers(0, 3 * KEY_BYTES + 1))
+def test_an_op_has_one_key_a_block_if_it_touches_disk_and_else_none(
+    op: TransferOp, num_bytes: int
+) -> None:
+    plan = StepPlan(ops=(msgspec.structs.replace(op, keys=bytes(num_bytes)),))
+    if num_bytes == len(op.keys):
+        assert decode_plan(encode(plan)) == plan
+    else:
+        with pytest.raises(WireError, match="bytes of keys"):
+            decode_plan(encode(plan))
+
+
+@given(st.binary(max_size=13))
+def test_failed_blocks_are_whole_numbers(failed: bytes) -> None:
+    report = WorkerReport(0, (OpResult(1, 0, 0.0, "bad", failed),))
+    if len(failed) % 4:
+        with pytest.raises(WireError, match="failed blocks"):
+            decode_report(encode(report))
+    else:
+        assert decode_report(encode(report)) == report
+
+
 @DECODERS
 @given(data=st.binary(max_size=80))
 def test_random_bytes_decode_or_raise_wire_error(
