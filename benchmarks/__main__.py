@@ -1,6 +1,6 @@
 """Run benchmarks, print their tables, write their JSON.
 
-python -m benchmarks --out bench-results [--only copies,leader,ttft,throughput] [--quick]
+python -m benchmarks --out bench-results [--only copies,disk,...] [--trace PATH] [--quick]
 """
 
 from __future__ import annotations
@@ -8,23 +8,33 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.report import Result
+from benchmarks.admission import TRACE_VARIABLE
+from benchmarks.report import Result, Skipped
 
-BENCHMARKS = ("copies", "leader", "ttft", "throughput")
+BENCHMARKS = ("copies", "disk", "leader", "admission", "ttft", "ttft_disk", "throughput")
 """Modules of this package, each with ``run(*, quick: bool, scratch: Path) -> Result``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # remove what is large
+    if options.trace:
+        os.environ[TRACE_VARIABLE] = str(options.trace)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         before = machine.describe()
-        result = _run(name, quick=options.quick, scratch=options.out / "scratch")
+        try:
+            result = _run(name, quick=options.quick, scratch=options.out / "scratch")
+        except Skipped as reason:
+            print(f"\n{name}\n\nskipped: {reason}", flush=True)
+            continue
         path = result.write(options.out, before)
         print(f"\n{name}\n\n{result.table}\n\n{path}", flush=True)
 
@@ -44,6 +54,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=BENCHMARKS,
         metavar="NAMES",
         help=f"comma-separated, of {', '.join(BENCHMARKS)}; default: all",
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        help=f"requests to replay, for admission; default: the variable {TRACE_VARIABLE}",
     )
     parser.add_argument("--quick", action="store_true", help="a few rounds: does it run at all?")
     return parser.parse_args(arguments)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.engine_objects import AllocatedBlocks, ConstantTokens, Request, SchedulerOutput
 from benchmarks.timing import Timed, cpu_clock, whole
+from kvbm_connectors.vllm.identity import Adapters
 from kvbm_connectors.vllm.metadata import KvbmHandshake, KvbmWorkerMetadata
 from kvbm_connectors.vllm.scheduler_side import SchedulerSide
 from kvbm_connectors.vllm.translate import chain_of
@@ -76,7 +77,7 @@ def arrivals(tokens: Sequence[int], keys: Sequence[BlockHash] = ()) -> NewReques
 
 
 def own_keys(tokens: Sequence[int]) -> list[BlockHash]:
-    return [*chain_of(arrivals(tokens)(), NAMESPACE)]
+    return [*chain_of(arrivals(tokens)(), NAMESPACE, Adapters())]
 
 
 def matching(side: SchedulerSide, new_request: NewRequest, num_matched: int) -> Timed:

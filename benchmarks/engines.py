@@ -66,6 +66,11 @@ class Engine:
         self._pipe.send(("counters",))
         return str(self._receive())
 
+    def moved_blocks(self) -> dict[str, int]:
+        """Blocks moved along each route of the connector's, such as ``disk_to_host``."""
+        self._pipe.send(("moved blocks",))
+        return dict(self._receive())
+
     def close(self) -> None:
         self._pipe.send(("close",))
         self._process.join(60)
@@ -88,6 +93,8 @@ def _serve(pipe: Connection, model: str, options: dict[str, Any], env: dict[str,
     while (message := pipe.recv())[0] != "close":
         if message[0] == "generate":
             pipe.send(_generate(llm, message[1], message[2]))
+        elif message[0] == "moved blocks":
+            pipe.send(_moved_blocks(llm))
         else:
             pipe.send(_counters(llm))
 
@@ -105,5 +112,14 @@ def _generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> tuple[Any,
 
 
 def _counters(llm: Any) -> str:
-    connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
+    connector = _connector(llm)
     return "" if connector is None else connector.scheduler_side.leader.counters.summary()
+
+
+def _moved_blocks(llm: Any) -> dict[str, int]:
+    routes = _connector(llm).scheduler_side.leader.counters.routes
+    return {name: route.num_blocks for name, route in routes.items()}
+
+
+def _connector(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.connector

@@ -13,7 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-HIGHER_IS_BETTER = frozenset({"GB/s", "tokens/s"})
+HIGHER_IS_BETTER = frozenset({"GB/s", "tokens/s", "blocks hit"})
+
+
+class Skipped(Exception):
+    """A benchmark can't run here; the message says what it needs."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _measure(
     """
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     differing: Counter[str] = Counter()
-    prompts = list(_prompts(prompt_tokens))
+    prompts = make_prompts(prompt_tokens)
     for round_index in range(num_rounds + 1):
         for prompt in prompts:
             answers = {
@@ -115,14 +115,14 @@ def _measure(
             }
             right = answers[RECOMPUTE].tokens
             for kind, answer in answers.items():
-                _check_source(kind, answer, prompt_tokens)
+                check_source(kind, answer, prompt_tokens)
                 differing[kind] += answer.tokens != right
                 if round_index or kind == COLD:
                     seconds[kind].append(answer.seconds)
     return seconds, differing
 
 
-def _check_source(kind: str, answer: Answer, prompt_tokens: int) -> None:
+def check_source(kind: str, answer: Answer, prompt_tokens: int) -> None:
     """Raise where a prompt did not come from where its kind says."""
     (found,) = answer.num_cached_tokens
     is_whole_hit = found >= (prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
@@ -130,10 +130,10 @@ def _check_source(kind: str, answer: Answer, prompt_tokens: int) -> None:
         raise RuntimeError(f"{kind}: {found} of {prompt_tokens} tokens came from a cache")
 
 
-def _prompts(prompt_tokens: int) -> Iterator[list[int]]:
+def make_prompts(prompt_tokens: int) -> list[list[int]]:
+    """NUM_PROMPTS prompts without a common block."""
     source = random.Random(0)
-    for _ in range(NUM_PROMPTS):
-        yield [source.randrange(256) for _ in range(prompt_tokens)]
+    return [[source.randrange(256) for _ in range(prompt_tokens)] for _ in range(NUM_PROMPTS)]
 
 
 def _figure(case: Case, kind: str, seconds: list[float]) -> Figure:

@@ -3,9 +3,9 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from examples._client import Answer, CacheUse
 from examples._workload import Kind, Request
@@ -25,7 +25,7 @@ _ROWS = {
 _ALWAYS_SHOWN = ("matched_blocks", "onboarded_blocks", "offloaded_blocks", "failed_ops")
 """What is shown of the connector's summary also when it is 0."""
 
-_COLOURS = ("#b4532a", "#1f6f8b")
+_COLOURS = ("#b4532a", "#1f6f8b", "#6a4c93")
 _MARKERS = {Kind.FIRST: "o", Kind.REPEAT: "v", Kind.RETURN: "s"}
 
 
@@ -39,6 +39,10 @@ class Run:
     cache: CacheUse
     summary: dict[str, float]
     """The connector's own counters; empty without one."""
+    moved_blocks: dict[str, int] = field(default_factory=dict)
+    """Blocks moved along each route, such as disk_to_host, where the log names every copy."""
+    hit: str = "host hit"
+    """What a hit beyond the device's own cache is called."""
 
     def ttfts(self, kind: Kind) -> list[float]:
         """Return the seconds to the first token of all requests of `kind`."""
@@ -51,12 +55,25 @@ class Run:
         cached = sum(answer.cached_tokens for answer in answers) / max(1, prompt_tokens)
         if cached < 0.05:
             return "cold" if kind is Kind.FIRST else "recomputed"
-        name = "device hit" if kind is Kind.REPEAT else "host hit"
+        name = "device hit" if kind is Kind.REPEAT else self.hit
         return name if cached > 0.75 else f"{cached:.0%} {name}"
 
     def pairs(self) -> list[tuple[Request, Answer]]:
         """Return each request with its answer."""
         return list(zip(self.requests, self.answers, strict=True))
+
+    def numbers(self) -> dict[str, object]:
+        """Return everything for the JSON file."""
+        requests = []
+        for request, answer in self.pairs():
+            about = {"kind": request.kind.value, "prefix": request.prefix, "round": request.round}
+            requests.append({**about, **asdict(answer)})
+        return {
+            "name": self.name,
+            "cache": asdict(self.cache),
+            "summary": self.summary,
+            "requests": requests,
+        }
 
 
 def differing(baseline: Run, cached: Run) -> list[int]:
@@ -71,32 +88,37 @@ def differing(baseline: Run, cached: Run) -> list[int]:
 
 def speedup(baseline: Run, cached: Run, kind: Kind) -> float:
     """Return how many times faster the median first token of `kind` came with the connector."""
-    return statistics.median(baseline.ttfts(kind)) / statistics.median(cached.ttfts(kind))
+    return ratio_of_medians(baseline.ttfts(kind), cached.ttfts(kind))
 
 
 def saving(run: Run) -> float:
     """Return how many times faster than a cold prefix a returning one was, on the same server."""
-    return statistics.median(run.ttfts(Kind.FIRST)) / statistics.median(run.ttfts(Kind.RETURN))
+    return ratio_of_medians(run.ttfts(Kind.FIRST), run.ttfts(Kind.RETURN))
+
+
+def ratio_of_medians(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Return how many times longer `slow` took."""
+    return statistics.median(slow) / statistics.median(fast)
 
 
 def table(baseline: Run, cached: Run) -> str:
     """Return the one table of the demo."""
-    header = _line("time to first token, median (range)", baseline.name, cached.name, "speed-up")
+    header = row("time to first token, median (range)", baseline.name, cached.name, "speed-up")
     lines = [header, "-" * len(header)]
     for kind, label in _ROWS.items():
         one, other = (
-            f"{_seconds(run.ttfts(kind))} {run.source(kind)}" for run in (baseline, cached)
+            f"{seconds_cell(run.ttfts(kind))} {run.source(kind)}" for run in (baseline, cached)
         )
-        lines.append(_line(label, one, other, f"{speedup(baseline, cached, kind):.1f}x"))
+        lines.append(row(label, one, other, f"{speedup(baseline, cached, kind):.1f}x"))
     for tier in ("device", "host"):
         label = f"prompt tokens from the {tier} cache"
-        lines.append(_line(label, _share(baseline, tier), _share(cached, tier)))
+        lines.append(row(label, _share(baseline, tier), _share(cached, tier)))
     for key, value in cached.summary.items():
         if value or key in _ALWAYS_SHOWN:
-            lines.append(_line(key.replace("_", " "), "-", f"{value:,}"))
+            lines.append(row(key.replace("_", " "), "-", f"{value:,}"))
     total = len(baseline.answers)
     same = total - len(differing(baseline, cached))
-    lines.append(_line("answers with the same tokens", "", f"{same} of {total}"))
+    lines.append(row("answers with the same tokens", "", f"{same} of {total}"))
     return "\n".join(lines)
 
 
@@ -109,33 +131,39 @@ def write_json(path: Path, setup: dict[str, object], baseline: Run, cached: Run)
             run.name: saving(run) for run in (baseline, cached)
         },
         "differing_requests": differing(baseline, cached),
-        "runs": [_run_numbers(run) for run in (baseline, cached)],
+        "runs": [run.numbers() for run in (baseline, cached)],
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_plot(path: Path, title: str, baseline: Run, cached: Run) -> None:
-    """Draw the time to the first token of every request of both servers."""
+def write_plot(path: Path, title: str, runs: Sequence[Run], restart: int | None = None) -> None:
+    """Draw the time to the first token of every request of all runs.
+
+    restart: the number of the last request before the last run's server was started anew.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for run, colour in zip((baseline, cached), _COLOURS, strict=True):
+    for run, colour in zip(runs, _COLOURS, strict=False):
         _draw_run(axes, run, colour)
-    _shade_rounds(axes, baseline.requests)
-    _label_axes(axes, title)
+    _shade_rounds(axes, runs[0].requests)
+    if restart is not None:
+        _mark_restart(axes, restart, runs[-1])
+    _label_axes(axes, title, len(runs))
     figure.savefig(path)
 
 
-def _line(label: str, first: str, second: str, last: str = "") -> str:
+def row(label: str, first: str, second: str, last: str = "") -> str:
     """Return one row of the table."""
     cells = f"{first:>{CELL_WIDTH}}{second:>{CELL_WIDTH}}{last:>{SPEEDUP_WIDTH}}"
     return f"{label:<{LABEL_WIDTH}}{cells}".rstrip()
 
 
-def _seconds(values: Sequence[float]) -> str:
+def seconds_cell(values: Sequence[float]) -> str:
+    """Return some times as one cell of the table."""
     return f"{statistics.median(values):.2f} s ({min(values):.2f}-{max(values):.2f})"
 
 
@@ -143,19 +171,6 @@ def _share(run: Run, tier: str) -> str:
     """Return a tier's part of all prompt tokens."""
     hits: int = getattr(run.cache, f"{tier}_hits")
     return f"{hits / run.cache.device_queries:.0%}" if run.cache.device_queries else "-"
-
-
-def _run_numbers(run: Run) -> dict[str, object]:
-    requests = []
-    for request, answer in run.pairs():
-        about = {"kind": request.kind.value, "prefix": request.prefix, "round": request.round}
-        requests.append({**about, **asdict(answer)})
-    return {
-        "name": run.name,
-        "cache": asdict(run.cache),
-        "summary": run.summary,
-        "requests": requests,
-    }
 
 
 def _draw_run(axes: "Axes", run: Run, colour: str) -> None:
@@ -181,7 +196,12 @@ def _shade_rounds(axes: "Axes", requests: Sequence[Request]) -> None:
         axes.text((left + right) / 2, 0.98, name, transform=top, ha="center", va="top", size=8)
 
 
-def _label_axes(axes: "Axes", title: str) -> None:
+def _mark_restart(axes: "Axes", restart: int, run: Run) -> None:
+    label = f"{run.name}: server restarted"
+    axes.axvline(restart + 0.5, color=_COLOURS[2], linestyle=":", linewidth=1.2, label=label)
+
+
+def _label_axes(axes: "Axes", title: str, num_runs: int) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.set_yscale("log")
@@ -195,4 +215,5 @@ def _label_axes(axes: "Axes", title: str) -> None:
     axes.set_ylabel("time to first token (s)")
     axes.grid(axis="y", color="0.85", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+    axes.legend(frameon=False, fontsize=8, ncols=num_runs, **place)

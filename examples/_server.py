@@ -107,6 +107,15 @@ class VllmServer:
         pairs = re.findall(r"(\w+)=(\d+(?:\.\d+)?)(?=\s|$)", lines[-1].split(SUMMARY_MARK, 1)[1])
         return {key: float(value) if "." in value else int(value) for key, value in pairs}
 
+    def moved_blocks(self) -> dict[str, int]:
+        """Return the blocks moved along each route; the log names copies with DYN_LOG=debug."""
+        moved: dict[str, int] = {}
+        for route, count in re.findall(
+            r"(\w+_to_\w+): op \d+ moved (\d+) blocks", self._log_text()
+        ):
+            moved[route] = moved.get(route, 0) + int(count)
+        return moved
+
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + START_LIMIT_S
         while not is_healthy(self.port):

@@ -46,7 +46,8 @@ class Workload:
     prefixes: int
     prefix_tokens: int
     return_rounds: int
-    """How often each prefix comes back after its first round."""
+    """How often each prefix comes back after its first round; the last time, the server with a disk
+    tier was restarted before it."""
     prompts_on_device: int
     """How many prompts the device cache holds: fewer than prefixes."""
 
@@ -59,6 +60,11 @@ class Workload:
     def device_blocks(self) -> int:
         """Blocks of the device cache: for the prompts it is to hold, and half a prompt of slack."""
         return self.blocks_per_request * self.prompts_on_device + self.blocks_per_request // 2
+
+    @property
+    def distinct_blocks(self) -> int:
+        """Blocks of all prefixes together."""
+        return self.prefixes * self.prefix_tokens // BLOCK_TOKENS
 
     @property
     def max_model_len(self) -> int:
