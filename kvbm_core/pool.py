@@ -63,9 +63,6 @@ class BlockPool:
     def is_ready(self, key: BlockHash) -> bool:
         return key in self._ready
 
-    def is_reserved(self, key: BlockHash) -> bool:
-        return key in self._reserved
-
     def ready_keys(self) -> list[BlockHash]:
         return list(self._ready)
 
