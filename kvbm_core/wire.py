@@ -124,6 +124,8 @@ def decode_report(data: bytes) -> WorkerReport:
     for result in report.results:
         if len(result.failed) % 4:
             raise WireError(f"op {result.op_id} names failed blocks in {len(result.failed)} bytes")
+        if result.failed and result.ok:
+            raise WireError(f"op {result.op_id} names failed blocks and no error")
     return report
 
 

@@ -182,7 +182,7 @@ class LeaderMachine(RuleBasedStateMachine):
     @precondition(
         lambda self: _has_content_on_disk(self) and self.engine.num_restarts < MAX_RESTARTS
     )
-    @rule(rank=RANKS, count=st.integers(0, 6), shared=st.integers(1, 9), own=st.integers(0, 4))
+    @rule(rank=RANKS, count=st.integers(0, 3), shared=st.integers(1, 9), own=st.integers(0, 4))
     def restart(self, rank: int, count: int, shared: int, own: int) -> None:
         """The process dies while one rank's disk lags behind; who was being served asks again."""
         self.submit(shared, own, 0)

@@ -54,13 +54,9 @@ PLANS = st.builds(
         DiskReset, st.binary(min_size=GENERATION_BYTES, max_size=GENERATION_BYTES), st.booleans()
     ),
 )
-RESULTS = st.builds(
-    OpResult,
-    NUMBERS,
-    NUMBERS,
-    st.floats(allow_nan=False),
-    st.text(max_size=8),
-    IDS.map(pack_ids),
+SECONDS = st.floats(allow_nan=False)
+RESULTS = st.builds(OpResult, NUMBERS, NUMBERS, SECONDS) | st.builds(
+    OpResult, NUMBERS, NUMBERS, SECONDS, st.text(min_size=1, max_size=8), IDS.map(pack_ids)
 )
 REPORTS = st.builds(WorkerReport, NUMBERS, st.lists(RESULTS, max_size=3).map(tuple))
 DECODERS = pytest.mark.parametrize("decode", [decode_plan, decode_report])
@@ -115,6 +111,12 @@ def test_failed_blocks_are_whole_numbers(failed: bytes) -> None:
 
 
 @DECODERS
+def test_failed_blocks_without_an_error_are_refused() -> None:
+    report = WorkerReport(0, (OpResult(1, 0, 0.0, "", pack_ids([3])),))
+    with pytest.raises(WireError, match="no error"):
+        decode_report(encode(report))
+
+
 @given(data=st.binary(max_size=80))
 def test_random_bytes_decode_or_raise_wire_error(
     decode: Callable[[bytes], object], data: bytes

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kvbm_core.eviction import POLICIES, Lru
+from kvbm_core.eviction.lru import MAX_LOOKS
 from kvbm_core.types import BlockHash
 
 A, B, C = (BlockHash(name) for name in (b"a", b"b", b"c"))
@@ -53,3 +54,17 @@ def test_no_victims_are_asked_for_and_none_given() -> None:
 
 def test_lru_is_a_policy_by_name() -> None:
     assert POLICIES["lru"] is Lru
+
+
+def test_a_tier_whose_old_keys_all_have_to_stay_is_not_searched_to_its_end() -> None:
+    lru = Lru()
+    keys = [BlockHash(i.to_bytes(4, "little")) for i in range(MAX_LOOKS + 10)]
+    lru.insert(keys)
+    asked: list[BlockHash] = []
+
+    def keep(key: BlockHash) -> bool:
+        asked.append(key)
+        return True
+
+    assert lru.victims(2, keep) == []
+    assert len(asked) == MAX_LOOKS + 2
