@@ -110,13 +110,13 @@ def test_failed_blocks_are_whole_numbers(failed: bytes) -> None:
         assert decode_report(encode(report)) == report
 
 
-@DECODERS
 def test_failed_blocks_without_an_error_are_refused() -> None:
     report = WorkerReport(0, (OpResult(1, 0, 0.0, "", pack_ids([3])),))
     with pytest.raises(WireError, match="no error"):
         decode_report(encode(report))
 
 
+@DECODERS
 @given(data=st.binary(max_size=80))
 def test_random_bytes_decode_or_raise_wire_error(
     decode: Callable[[bytes], object], data: bytes
