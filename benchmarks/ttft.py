@@ -154,6 +154,13 @@ def _rows(
     case: Case, figures: dict[str, Figure], differing: Counter[str], ratios: list[Ratio]
 ) -> Iterator[list[str]]:
     yield [f"{case.prompt_tokens} tokens, {case.shape}", *[""] * 6]
+    yield from figure_rows(figures, differing, ratios)
+
+
+def figure_rows(
+    figures: dict[str, Figure], differing: Counter[str], ratios: list[Ratio]
+) -> Iterator[list[str]]:
+    """Table rows of what was timed, and of the ratios."""
     for kind, figure in figures.items():
         times = f"{figure.best:.1f}", f"{figure.median:.1f}"
         yield [f"  {kind}", *times, str(differing[kind]), "", "", ""]

@@ -30,6 +30,7 @@ from benchmarks.ttft import (
     OPTIONS,
     RECOMPUTE,
     check_source,
+    figure_rows,
     make_prompts,
 )
 
@@ -79,7 +80,7 @@ def run(*, quick: bool, scratch: Path) -> Result:
         result.settings[f"{prefix} moved blocks"] = moved
         result.settings[f"{prefix} answers unlike recomputed ones"] = dict(differing)
         rows.append([f"{case.prompt_tokens} tokens, {case.shape}", *[""] * 6])
-        rows += _rows(figures, differing, ratios)
+        rows += figure_rows(figures, differing, ratios)
     result.table = text_table(HEADER, rows)
     return result
 
@@ -195,15 +196,3 @@ def _ratios(prefix: str, figures: dict[str, Figure]) -> Iterator[Ratio]:
         name, other = f"{prefix} disk hit / {kind}", figures[kind]
         yield Ratio(name, disk.best / other.best, aim)
         yield Ratio(f"{name}, median", disk.median / other.median)
-
-
-def _rows(
-    figures: dict[str, Figure], differing: Counter[str], ratios: list[Ratio]
-) -> Iterator[list[str]]:
-    for kind, figure in figures.items():
-        times = f"{figure.best:.1f}", f"{figure.median:.1f}"
-        yield [f"  {kind}", *times, str(differing[kind]), "", "", ""]
-    for ratio in ratios:
-        name = ratio.name.partition(": ")[2]
-        aim = str(ratio.aim) if ratio.aim else ""
-        yield [f"  {name}", "", "", "", f"{ratio.value:.2f}", aim, ratio.verdict]
