@@ -225,17 +225,29 @@ def _open_disk(
         num_ranks=place.num_ranks,
     )
     store.open()
-    name = _fastest_disk(config, store) if config.disk_engine == "auto" else config.disk_engine
-    io = named(DISK_ENGINES, name, "disk_engine")(config, store, arena.tensor)
     engine = DiskTransferEngine(
         store,
         arena.tensor,
-        io,
+        _disk_io(config, store, arena.tensor),
         num_threads=_num_disk_threads(config),
         piece_blocks=config.max_transfer_batch_size,
     )
     engine.open()
     return store, engine
+
+
+def _disk_io(config: KvbmConfig, store: DiskStore, host: torch.Tensor) -> BlockIo:
+    """What the config names; where it leaves the choice, something that works."""
+    if config.disk_engine != "auto":
+        return named(DISK_ENGINES, config.disk_engine, "disk_engine")(config, store, host)  # type: ignore[no-any-return]
+    name = _fastest_disk(config, store)
+    try:
+        return DISK_ENGINES[name](config, store, host)
+    except (ConfigError, OSError) as error:
+        logger.warning(
+            "kvbm: disk engine %s, since %s failed: %s", disk_probe.REFERENCE, name, error
+        )
+        return DISK_ENGINES[disk_probe.REFERENCE](config, store, host)
 
 
 def _fastest_disk(config: KvbmConfig, store: DiskStore) -> str:

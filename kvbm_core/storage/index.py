@@ -17,7 +17,7 @@ import hashlib
 import os
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,8 @@ _RECORD = struct.Struct(_FIELDS.format + "Q")
 RECORD_BYTES = _RECORD.size
 _EMPTY = bytes(RECORD_BYTES)
 _MAX_IDENTITY_BYTES = 3072
+
+_Page = tuple[int, bytes]  # place in the file, and what belongs there
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -108,8 +110,7 @@ class DiskIndex:
                 found.append((sequence, BlockHash(key), block_id))
             else:
                 invalid.append(block_id)
-        for block_id in invalid:
-            self._set(block_id, _EMPTY)
+        self._set(invalid, [_EMPTY] * len(invalid))
         found.sort()
         self._sequence = found[-1][0] if found else 0
         latest = {key: block_id for _, key, block_id in found}
@@ -129,14 +130,13 @@ class DiskIndex:
             self._write_header()
 
     def get(self, block_id: BlockId) -> Entry | None:
-        """What the block holds; None where it holds nothing that can be trusted. Raises IndexError
-        for no block of these, as `put` and `erase` do."""
-        self._check((block_id,))
-        record = self._record(block_id)
-        if record == _EMPTY or not self._is_valid(record):
-            return None
-        key, checksum, _, _ = _FIELDS.unpack_from(record)
-        return Entry(BlockHash(key), checksum)
+        """What the block holds; None where it holds nothing that can be trusted, of what an earlier
+        process left since `entries`. Raises IndexError for no block of these, as `put` and `erase`
+        do."""
+        if block_id >= self._num_blocks:
+            raise IndexError(f"disk block {block_id} of {self._num_blocks}")
+        key, checksum, sequence, _, _ = _RECORD.unpack_from(self._records, block_id * RECORD_BYTES)
+        return Entry(BlockHash(key), checksum) if sequence else None
 
     def put(
         self,
@@ -153,11 +153,7 @@ class DiskIndex:
             with self._lock:
                 if generation not in (None, self.generation):
                     return
-                for block_id, key, checksum in zip(block_ids, keys, checksums, strict=True):
-                    self._sequence += 1
-                    fields = _FIELDS.pack(key, checksum, self._sequence, self.generation[:8])
-                    self._set(block_id, fields + _SEAL.pack(xxhash.xxh3_64_intdigest(fields)))
-                pages = self._pages(block_ids)
+                pages = self._set(block_ids, self._seal(keys, checksums))
             self._write(pages)
 
     def erase(self, block_ids: Sequence[BlockId]) -> None:
@@ -166,10 +162,8 @@ class DiskIndex:
         with self._file_lock:
             self._write_header()
             with self._lock:
-                held = [block_id for block_id in block_ids if self._record(block_id) != _EMPTY]
-                for block_id in held:
-                    self._set(block_id, _EMPTY)
-                pages = self._pages(held)
+                held = [i for i in block_ids if self._holds(i)]
+                pages = self._set(held, [_EMPTY] * len(held))
             self._write(pages)
 
     def _check(self, block_ids: Sequence[BlockId]) -> None:
@@ -193,40 +187,43 @@ class DiskIndex:
                 self._is_header_stale = True
             raise
 
-    def _record(self, block_id: BlockId) -> bytes:
+    def _holds(self, block_id: BlockId) -> bool:
         start = block_id * RECORD_BYTES
-        return bytes(self._records[start : start + RECORD_BYTES])
+        return self._records[start : start + RECORD_BYTES] != _EMPTY
 
-    def _set(self, block_id: BlockId, record: bytes) -> None:
-        start = block_id * RECORD_BYTES
-        self._records[start : start + RECORD_BYTES] = record
+    def _seal(self, keys: Sequence[BlockHash], checksums: Sequence[int]) -> list[bytes]:
+        """A record each."""
+        generation, first = self.generation[:8], self._sequence + 1
+        self._sequence += len(keys)
+        pack, seal, digest = _FIELDS.pack, _SEAL.pack, xxhash.xxh3_64_intdigest
+        return [
+            (fields := pack(key, checksum, sequence, generation)) + seal(digest(fields))
+            for sequence, (key, checksum) in enumerate(zip(keys, checksums, strict=True), first)
+        ]
 
-    def _is_valid(self, record: bytes) -> bool:
-        fields, (seal,) = record[: _FIELDS.size], _SEAL.unpack_from(record, _FIELDS.size)
-        is_current = fields[-8:] == self.generation[:8]
-        return is_current and bool(seal == xxhash.xxh3_64_intdigest(fields))
-
-    def _pages(self, block_ids: Sequence[BlockId]) -> list[tuple[int, bytes]]:
-        """Places in the file and what belongs there."""
-        pages = []
-        for first, last in runs(sorted(block_ids)):
-            start, end = first * RECORD_BYTES, (last + 1) * RECORD_BYTES
-            pages.append((HEADER_BYTES + start, bytes(self._records[start:end])))
+    def _set(self, block_ids: Sequence[BlockId], records: Sequence[bytes]) -> list[_Page]:
+        """In memory; returns what the file must be told."""
+        pages, start = [], 0
+        for stretch in stretches(block_ids):
+            content = b"".join(records[start : start + len(stretch)])
+            offset = stretch.start * RECORD_BYTES
+            self._records[offset : offset + len(content)] = content
+            pages.append((HEADER_BYTES + offset, content))
+            start += len(stretch)
         return pages
 
-    def _write(self, pages: Sequence[tuple[int, bytes]]) -> None:
+    def _write(self, pages: Sequence[_Page]) -> None:
         for offset, content in pages:
             _write_all(self._fd, content, offset)
 
 
-def runs(ids: Iterable[int]) -> list[tuple[int, int]]:
-    """First and last of each stretch of consecutive numbers; `ids` ascend."""
-    found: list[tuple[int, int]] = []
-    for i in ids:
-        if found and i == found[-1][1] + 1:
-            found[-1] = found[-1][0], i
-        else:
-            found.append((i, i))
+def stretches(ids: Sequence[int]) -> list[range]:
+    """The ids in their order, cut wherever the next one is not one more."""
+    found, start = [], 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or ids[i] != ids[i - 1] + 1:
+            found.append(range(ids[start], ids[start] + i - start))
+            start = i
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 
 from kvbm_core import host_memory
 from kvbm_core.build import (
+    DISK_ENGINES,
     ENGINES,
     DiskPlace,
     build_leader,
@@ -20,6 +21,7 @@ from kvbm_core.config import KvbmConfig
 from kvbm_core.errors import ConfigError
 from kvbm_core.eviction import POLICIES, Lru
 from kvbm_core.leader import Leader
+from kvbm_core.transfer import disk_probe
 from kvbm_core.transfer.cpu import CpuTransferEngine
 from kvbm_core.types import KEY_BYTES, BlockHash, Blocks, Tier, TransferOp
 from kvbm_core.wire import GENERATION_BYTES, DiskInventory, StepPlan
@@ -257,3 +259,30 @@ def test_an_unknown_filter_or_disk_engine_is_refused_when_built(
         )
         place = DiskPlace(4, "test", "test", 1)
         build_worker(config, cache.layout, cache.regions, rank=0, num_host_blocks=2, disk=place)
+
+
+@pytest.mark.parametrize("choice", ["auto", "nixl"])
+def test_an_engine_that_fails_on_the_file_itself_is_left_only_where_it_was_not_asked_for(
+    choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise ConfigError("disk_engine", "nixl", "does not work here", "Give threads.")
+
+    monkeypatch.setitem(DISK_ENGINES, "nixl", failing)
+    monkeypatch.setattr(disk_probe, "fastest", lambda *_, **__: "nixl")
+    options = {"disk_cache_gb": 1, "disk_cache_dir": str(tmp_path), "disk_engine": choice}
+    config = KvbmConfig.load(env={}, options=options)
+    cache = cpu()
+    place = DiskPlace(4, "test", "test", 1)
+
+    def build() -> None:
+        build_worker(
+            config, cache.layout, cache.regions, rank=0, num_host_blocks=2, disk=place
+        ).close()
+
+    if choice == "nixl":
+        with pytest.raises(ConfigError, match="does not work here"):
+            build()
+    else:
+        build()
+        assert "disk engine threads, since nixl failed" in caplog.text

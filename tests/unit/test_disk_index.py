@@ -21,7 +21,7 @@ from kvbm_core.storage.index import (
     RECORD_BYTES,
     DiskIndex,
     Header,
-    runs,
+    stretches,
 )
 from kvbm_core.types import KEY_BYTES, BlockHash
 from kvbm_core.wire import GENERATION_BYTES
@@ -312,10 +312,10 @@ def test_a_short_write_is_finished(file: File, monkeypatch: pytest.MonkeyPatch) 
     assert file.reopened().entries == ALL
 
 
-def test_runs_are_stretches_of_consecutive_numbers() -> None:
-    assert runs([]) == []
-    assert runs([4]) == [(4, 4)]
-    assert runs([1, 2, 3, 7, 9, 10]) == [(1, 3), (7, 7), (9, 10)]
+def test_stretches_are_of_consecutive_numbers() -> None:
+    assert stretches([]) == []
+    assert stretches([4]) == [range(4, 5)]
+    assert stretches([1, 2, 3, 7, 10, 9]) == [range(1, 4), range(7, 8), range(10, 11), range(9, 10)]
 
 
 def test_a_million_entries_are_found(file: File) -> None:
