@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import overload
 
 import msgspec
@@ -113,6 +114,19 @@ def chain_hashes(
 ) -> list[BlockHash]:
     """Keys of every complete block of `tokens`."""
     return PrefixChain(root, tokens, block_size, content)[:]
+
+
+def block_content(items: Iterable[tuple[str, int, int]], block_size: int) -> dict[int, bytes]:
+    """Block index → identities and offsets of the images or audio whose placeholders it holds.
+
+    items: identity, first token and number of tokens of each.
+    """
+    content: defaultdict[int, bytes] = defaultdict(bytes)
+    for identity, first, num_tokens in items:
+        for block in range(first // block_size, (first + num_tokens - 1) // block_size + 1):
+            part = f"{identity}@{first - block * block_size}".encode()
+            content[block] += len(part).to_bytes(4, "little") + part
+    return dict(content)
 
 
 def _pack_tokens(tokens: Sequence[int]) -> bytes:

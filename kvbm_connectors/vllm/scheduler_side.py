@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from kvbm_connectors.guard import guarded
+from kvbm_connectors.summary import SummaryLog
 from kvbm_connectors.vllm import translate
-from kvbm_connectors.vllm.guard import guarded
 from kvbm_connectors.vllm.identity import Adapters
 from kvbm_connectors.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from kvbm_core.build import build_leader
@@ -27,7 +28,6 @@ from kvbm_core.wire import decode_report, encode
 
 logger = logging.getLogger("kvbm_connectors.vllm")
 
-SUMMARY_SECONDS = 60.0
 _EMPTY = KvbmMetadata()
 
 
@@ -60,8 +60,7 @@ class SchedulerSide:
         self._leader: Leader | None = None
         self._stranded: list[tuple[str, tuple[BlockId, ...]]] = []
         self._is_off = False
-        self._last_summary = ""
-        self._next_summary_seconds = 0.0
+        self._summary: SummaryLog | None = None
 
     @property
     def is_off(self) -> bool:
@@ -109,8 +108,7 @@ class SchedulerSide:
             engine_shares_blocks=self._prefix_caching,
         )
         self._announce(handshakes, num_host_blocks)
-        self._last_summary = self._leader.counters.summary()
-        self._next_summary_seconds = time.monotonic() + SUMMARY_SECONDS
+        self._summary = SummaryLog(logger, self._leader.counters)
 
     def _ignore(self, request: Any, _: int) -> tuple[int, bool]:
         """A request whose keys can't be computed costs only itself."""
@@ -153,8 +151,8 @@ class SchedulerSide:
         if self._leader is None:
             return _EMPTY
         self._note_progress(output)
-        if time.monotonic() >= self._next_summary_seconds:
-            self._log_summary()
+        if self._summary is not None:
+            self._summary.write_if_due(self.failed_hooks.total())
         is_idle = not output.total_num_scheduled_tokens
         plan = self.leader.take_plan(idle=is_idle, now_seconds=time.monotonic())
         if not plan and not self._stranded:
@@ -215,19 +213,9 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Log the summary; nothing may be asked of the leader any more."""
-        if self._leader is not None:
-            self._log_summary()
-            self._leader = None
-
-    def _log_summary(self) -> None:
-        """Say what changed; vLLM may be killed before it gets to `close`."""
-        counters = self.leader.counters
-        counters.num_hook_errors = sum(self.failed_hooks.values())
-        summary = counters.summary()
-        if summary != self._last_summary:
-            logger.info("kvbm summary: %s", summary)
-        self._last_summary = summary
-        self._next_summary_seconds = time.monotonic() + SUMMARY_SECONDS
+        if self._summary is not None:
+            self._summary.write(self.failed_hooks.total())
+        self._leader, self._summary = None, None
 
     def _create_slot(self, request: Any) -> None:
         keys = self._keys_of(request)

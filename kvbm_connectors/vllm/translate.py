@@ -7,13 +7,13 @@ vllm/v1/request.py).
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kvbm_connectors.vllm.identity import THIS_PROCESS, Adapters
+from kvbm_connectors.sources import THIS_PROCESS
+from kvbm_connectors.vllm.identity import Adapters
 from kvbm_core.errors import ConfigError
-from kvbm_core.hashing import CacheNamespace, PrefixChain
+from kvbm_core.hashing import CacheNamespace, PrefixChain, block_content
 from kvbm_core.types import BlockHash, BlockId, RequestId
 
 # Algorithms of vLLM's prefix cache whose keys can't be forged; see its CacheConfig.
@@ -112,11 +112,8 @@ def _lasting(identifier: str) -> str:
 
 
 def _content_of(features: Sequence[Any], block_size: int) -> dict[int, bytes]:
-    """Block index → identities and offsets of the images or audio whose placeholders it holds."""
-    content: defaultdict[int, bytes] = defaultdict(bytes)
+    items = []
     for feature in features:
-        first, length = feature.mm_position.offset, feature.mm_position.length
-        for block in range(first // block_size, (first + length - 1) // block_size + 1):
-            identity = f"{_lasting(feature.identifier)}@{first - block * block_size}".encode()
-            content[block] += len(identity).to_bytes(4, "little") + identity
-    return dict(content)
+        place = feature.mm_position
+        items.append((_lasting(feature.identifier), place.offset, place.length))
+    return block_content(items, block_size)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvbm_connectors import sources
 from kvbm_connectors.vllm import identity, translate
 from kvbm_connectors.vllm.identity import Adapters, weights_identity
 
@@ -52,7 +53,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "code.py").write_text("")
-    monkeypatch.setattr(identity, "_last_load_ns", time.time_ns)  # a process that begins now
+    monkeypatch.setattr(sources, "_last_load_ns", time.time_ns)  # a process that begins now
     return tmp_path
 
 
@@ -124,22 +125,24 @@ def test_files_changed_after_the_process_began_prove_nothing(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began_ns = time.time_ns() - 10**9
-    monkeypatch.setattr(identity, "_last_load_ns", lambda: began_ns)
+    monkeypatch.setattr(sources, "_last_load_ns", lambda: began_ns)
     before = weights_identity(vllm_config(model))
-    monkeypatch.setattr(identity, "THIS_PROCESS", "another")
+    for module in (identity, sources):
+        monkeypatch.setattr(module, "THIS_PROCESS", "another")
     assert weights_identity(vllm_config(model)) != before
 
 
 def test_this_process_began_before_now_and_not_long_ago() -> None:
-    age_seconds = (time.time_ns() - identity._last_load_ns()) / 1e9
-    assert -identity._START_UP_SECONDS <= age_seconds < 24 * 3600
+    age_seconds = (time.time_ns() - sources._last_load_ns()) / 1e9
+    assert -sources._START_UP_SECONDS <= age_seconds < 24 * 3600
 
 
 def test_what_has_no_files_and_no_commit_is_known_to_this_process_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = weights_identity(vllm_config("org/model"))
-    monkeypatch.setattr(identity, "THIS_PROCESS", "another")
+    for module in (identity, sources):
+        monkeypatch.setattr(module, "THIS_PROCESS", "another")
     assert weights_identity(vllm_config("org/model")) != before
 
 
