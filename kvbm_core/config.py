@@ -52,6 +52,11 @@ class KvbmConfig:
     may go to disk, and what may leave the device; a built-in name or ``module:Name``.
     disable_disk_offload_filter: short for the filter ``all``. host_offload_prefix_min_priority: of
     the latter; None: no filter.
+
+    Where the engine carries no messages: leader_zmq_host: the leader listens there by tcp; None: by
+    ipc, on its machine only, or where etcd says. leader_zmq_pub_port, leader_zmq_ack_port: 0: any
+    free one; None: KVBM's own with a host, else any. leader_worker_init_timeout_secs: for all
+    ranks to be there. cluster_name: tells engines of one model apart in one etcd.
     """
 
     cpu_cache_gb: float | None = None
@@ -73,6 +78,11 @@ class KvbmConfig:
     eviction_policy: str = "lru"
     transfer_engine: str = "auto"
     block_keys: str = "auto"
+    leader_zmq_host: str | None = None
+    leader_zmq_pub_port: int | None = None
+    leader_zmq_ack_port: int | None = None
+    leader_worker_init_timeout_secs: float = 1800.0
+    cluster_name: str = "default"
     log_level: str = "INFO"
     ignored: tuple[str, ...] = ()
 
@@ -176,6 +186,34 @@ def _text(source: str, raw: Any) -> str:
     return raw.strip()
 
 
+def _port(source: str, raw: Any) -> int:
+    value = _integer(source, raw)
+    if not 0 <= value < 2**16:
+        raise ConfigError(source, raw, "is no port", "Give 1 to 65535, or 0 for any free one.")
+    return value
+
+
+def _seconds(source: str, raw: Any) -> float:
+    value = _number(source, raw)
+    if value <= 0:
+        raise ConfigError(source, raw, "must be above 0", "Give seconds, or leave it unset.")
+    return value
+
+
+def _host(source: str, raw: Any) -> str:
+    host = raw.strip() if isinstance(raw, str) else ""
+    if not host or "/" in host or any(char.isspace() for char in host):
+        raise ConfigError(source, raw, "is no host", "Give a name or address, without a port.")
+    return host
+
+
+def _cluster_name(source: str, raw: Any) -> str:
+    name = raw.strip() if isinstance(raw, str) else ""
+    if not name or "/" in name:
+        raise ConfigError(source, raw, "is no name", "Give a text without slashes.")
+    return name
+
+
 def _block_keys(source: str, raw: Any) -> str:
     if raw not in ("auto", "engine", "chain"):
         raise ConfigError(source, raw, "unknown choice", "Give auto, engine or chain.")
@@ -215,6 +253,11 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "eviction_policy": _text,
     "transfer_engine": _text,
     "block_keys": _block_keys,
+    "leader_zmq_host": _host,
+    "leader_zmq_pub_port": _port,
+    "leader_zmq_ack_port": _port,
+    "leader_worker_init_timeout_secs": _seconds,
+    "cluster_name": _cluster_name,
     "log_level": _log_level,
 }
 assert set(_PARSERS) | {"ignored"} == {field.name for field in fields(KvbmConfig)}
@@ -223,7 +266,6 @@ assert set(_PARSERS) | {"ignored"} == {field.name for field in fields(KvbmConfig
 # switches keeps his environment, and start-up names what had no effect.
 _LATER = frozenset(
     """
-    leader_zmq_host leader_zmq_pub_port leader_zmq_ack_port leader_worker_init_timeout_secs
     metrics metrics_port cache_stats_max_requests cache_stats_log_interval_secs enable_record
     kv_events_enable_consolidator kv_events_consolidator_mode trtllm_zmq_port nccl_mla_mode sleep
     """.split()

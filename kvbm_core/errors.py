@@ -5,7 +5,8 @@
     ├── LayoutMismatch      tensors do not have the geometry that was declared
     ├── WireError           bytes from another process are not a valid message
     ├── IllegalTransition   misuse: a block or slot was asked for a move it can't make
-    └── StorageError        memory or a storage backend could not be opened
+    ├── StorageError        memory or a storage backend could not be opened
+    └── ChannelError        leader and workers did not find each other, or refuse each other
 
 Expected outcomes (miss, full, failed transfer) are return values, never errors.
 """
@@ -39,3 +40,7 @@ class IllegalTransition(KvbmError, RuntimeError):
 
 class StorageError(KvbmError, OSError):
     """An environment fault found when memory or storage was opened; names the remedy."""
+
+
+class ChannelError(KvbmError, OSError):
+    """Leader and workers could not get together: says who is missing or why, and the remedy."""

@@ -74,6 +74,7 @@ class Leader:
         self._queued_ops: list[TransferOp] = []
         self._queued_fences: set[OpId] = set()
         self._queued_drains: list[RequestId] = []
+        self._lost_ranks: set[int] = set()
 
     @property
     def pool(self) -> BlockPool:
@@ -216,7 +217,7 @@ class Leader:
             known = max(slot.num_written_tokens, slot.num_cached_tokens)
             self._num_step_tokens += max(0, num_tokens - known)
             slot.num_written_tokens = num_tokens
-            if num_tokens >= slot.next_offload_tokens:
+            if num_tokens >= slot.next_offload_tokens and not self._lost_ranks:
                 offloads.plan(slot, num_tokens, device_table, batch)
         self._queued_ops += offloads.open(batch)
 
@@ -256,7 +257,8 @@ class Leader:
             return False
         is_loading = slot.state is SlotState.LOADING
         num_tokens = min(num_computed_tokens, slot.num_written_tokens)
-        if slot.state is SlotState.RUNNING and num_tokens >= slot.next_offload_tokens:
+        is_running = slot.state is SlotState.RUNNING and not self._lost_ranks
+        if is_running and num_tokens >= slot.next_offload_tokens:
             batch = OffloadBatch()
             self._offloads.plan(slot, num_tokens, lambda _: device_ids, batch)
             self._queued_ops += self._offloads.open(batch)
@@ -292,17 +294,33 @@ class Leader:
     def lose_rank(self, rank: int) -> None:
         """A rank is gone and its memory with it: fail what it owed, forget what it held.
 
-        Ops that no rank was sent yet are failed on all of them.
+        Ops that no rank was sent yet are failed on all of them. Until `regain_rank` nothing is
+        stored, so nothing matches; device blocks that the rank may still use stay fenced.
         """
+        if rank in self._lost_ranks:
+            return
+        self._lost_ranks.add(rank)
         self.reset()
         unsent = {op.op_id for op in self._queued_ops}
         self._queued_ops.clear()
         for record in self._ledger.records():
             is_unsent = record.op.op_id in unsent
+            if rank in record.pending_ranks and not is_unsent:
+                self._ledger.abandon(record)
             result = OpResult(record.op.op_id, 0, 0.0, "rank lost")
             for owing in sorted(record.pending_ranks):
                 if is_unsent or owing == rank:
                     self.apply(WorkerReport(owing, (result,)))
+
+    def regain_rank(self, rank: int) -> None:
+        """A lost rank is back, with empty memory; once all are, caching begins anew.
+
+        What running requests computed is not stored: its device memory may be empty too.
+        """
+        self._lost_ranks.discard(rank)
+        if not self._lost_ranks:
+            self.reset()
+            self._queued_fences |= self._ledger.take_abandoned()
 
     def reset(self) -> None:
         """Forget every cached block, and what running requests computed so far."""

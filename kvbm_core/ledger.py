@@ -58,6 +58,7 @@ class OpLedger:
         self._next_op_id: OpId = 1
         self._records: dict[OpId, OpRecord] = {}
         self._op_of_device_block: dict[BlockId, OpId] = {}
+        self._abandoned_op_of_device_block: dict[BlockId, OpId] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -85,11 +86,25 @@ class OpLedger:
         return op
 
     def ops_on(self, device_ids: Iterable[BlockId]) -> set[OpId]:
-        """Ops in flight that read or write any of these device blocks."""
-        if not self._op_of_device_block:
-            return set()
-        of = self._op_of_device_block
-        return {of[block_id] for block_id in device_ids if block_id in of}
+        """Ops, in flight or abandoned, that read or write any of these device blocks."""
+        found: set[OpId] = set()
+        for of in (self._op_of_device_block, self._abandoned_op_of_device_block):
+            if of:
+                found |= {of[block_id] for block_id in device_ids if block_id in of}
+        return found
+
+    def abandon(self, record: OpRecord) -> None:
+        """A rank that can't be asked may still do the op: whatever its verdict, fence its device
+        blocks until `take_abandoned`."""
+        route = record.op.src.tier, record.op.dst.tier
+        device_ids = _device_ids(route, record.src_ids, record.dst_ids)
+        self._abandoned_op_of_device_block.update(dict.fromkeys(device_ids, record.op.op_id))
+
+    def take_abandoned(self) -> set[OpId]:
+        """All of them, to be fenced one last time."""
+        op_ids = set(self._abandoned_op_of_device_block.values())
+        self._abandoned_op_of_device_block.clear()
+        return op_ids
 
     def answer(self, rank: int, result: OpResult) -> tuple[OpRecord, bool]:
         """Take one rank's result; the op's record, and whether that ended the op.

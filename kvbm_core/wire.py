@@ -64,6 +64,21 @@ class DiskInventory(msgspec.Struct, frozen=True, array_like=True):
         return unpack_ids(self.block_ids)
 
 
+class Handshake(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's geometry, sent once when its memory is open; bytes are of that rank.
+
+    block_size: tokens. fingerprint: of its layout. disk: what its files hold; None without a tier.
+    """
+
+    rank: int
+    num_host_blocks: int
+    num_device_blocks: int
+    block_size: int
+    block_bytes: int
+    fingerprint: str
+    disk: DiskInventory | None = None
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """What every rank does in one engine step.
 
@@ -127,6 +142,23 @@ def decode_report(data: bytes) -> WorkerReport:
         if result.failed and result.ok:
             raise WireError(f"op {result.op_id} names failed blocks and no error")
     return report
+
+
+def check_handshake(handshake: Handshake) -> None:
+    """Raise WireError where it breaks a bound."""
+    disk = handshake.disk
+    counts = [handshake.num_host_blocks, handshake.num_device_blocks, handshake.block_size]
+    counts += [handshake.block_bytes] + ([] if disk is None else [disk.num_blocks])
+    if handshake.rank < 0 or min(counts) < 1:
+        raise WireError(f"handshake of rank {handshake.rank} has a count below 1: {counts}")
+    if disk is None:
+        return
+    if disk.generation and len(disk.generation) != GENERATION_BYTES:
+        raise WireError(f"disk generation of {len(disk.generation)} bytes, not {GENERATION_BYTES}")
+    if len(disk.block_ids) % 4 or len(disk.keys) != len(disk.block_ids) // 4 * KEY_BYTES:
+        raise WireError(
+            f"disk inventory has {len(disk.keys)} bytes of keys for {len(disk.block_ids)} of ids"
+        )
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_Message], data: bytes) -> _Message:

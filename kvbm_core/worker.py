@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from kvbm_core.storage.disk import DiskStore
 from kvbm_core.transfer.port import TransferEngine
 from kvbm_core.types import BlockId, OpId, OpResult, RequestId, Tier, TransferOp
-from kvbm_core.wire import StepPlan, WorkerReport
+from kvbm_core.wire import DiskReset, StepPlan, WorkerReport
 
 IDLE_WAIT_SECONDS = 0.002
 
@@ -44,6 +44,11 @@ class Worker:
         self._received: set[RequestId] = set()
         self._load_errors: set[BlockId] = set()
         self._results: list[OpResult] = []
+        self._void_promotions: dict[OpId, set[BlockId]] = {}
+
+    @property
+    def num_ops_in_flight(self) -> int:
+        return len(self._in_flight)
 
     @property
     def disk(self) -> DiskStore | None:
@@ -60,16 +65,18 @@ class Worker:
         """
         self.submit_offloads()
         self._is_idle_step = plan.idle
-        if plan.disk_reset is not None and self._disk is not None:
-            self._disk.begin_anew(plan.disk_reset)
+        if plan.disk_reset is not None:
+            self._begin_disk_anew(plan.disk_reset)
         for op in plan.ops:
             self._in_flight[op.op_id] = op
-            if not op.touches_device or (op.op_id in plan.fences and not op.is_onboard):
+            if op.src.tier is Tier.DEVICE:
+                self._num_offloads.update(op.request_ids)
+            if self._void_promotions and self._meets_void_promotion(op):
+                self._refuse(op)
+            elif not op.touches_device or (op.op_id in plan.fences and not op.is_onboard):
                 self._transfer.submit(op)
             else:
                 (self._onboards if op.is_onboard else self._offloads).append(op)
-            if op.src.tier is Tier.DEVICE:
-                self._num_offloads.update(op.request_ids)
         self._draining.update(plan.drain)
         if plan.fences:
             self._transfer.wait(plan.fences)
@@ -130,7 +137,26 @@ class Worker:
         self._transfer.close()
         self._on_close()
 
+    def _begin_disk_anew(self, reset: DiskReset) -> None:
+        if self._disk is not None:
+            self._disk.begin_anew(reset)
+        promotions = [op for op in self._in_flight.values() if op.src.tier is Tier.DISK]
+        self._void_promotions = {op.op_id: set(op.dst.ids()) for op in promotions}
+
+    def _meets_void_promotion(self, op: TransferOp) -> bool:
+        """Whether an op from before a reset still writes host blocks of this one. A leader that
+        had lost this rank knows nothing of that op any more."""
+        ends = [end for end in (op.src, op.dst) if end.tier is Tier.HOST]
+        host_ids = {block_id for end in ends for block_id in end.ids()}
+        return any(not host_ids.isdisjoint(ids) for ids in self._void_promotions.values())
+
+    def _refuse(self, op: TransferOp) -> None:
+        result = OpResult(op.op_id, 0, 0.0, "an op from before a reset still writes its blocks")
+        self._end(self._in_flight.pop(op.op_id), result)
+        self._results.append(result)
+
     def _end(self, op: TransferOp, result: OpResult) -> None:
+        self._void_promotions.pop(op.op_id, None)
         if op.is_onboard:
             self._received.update(op.request_ids)
             if not result.ok:

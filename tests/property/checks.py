@@ -17,6 +17,8 @@ def check(engine: Engine) -> None:
     for pool in pools_of(engine):
         check_conserved(pool)
         check_held(engine, pool)
+    if engine.lost:
+        assert not any(pool.ready_keys() for pool in pools_of(engine))
     check_ready(engine)
     check_ready_on_disk(engine)
     for request in engine.requests:

@@ -76,12 +76,18 @@ class Engine(Process):
         new.bundles = old.bundles  # what it had sent may still arrive
         self.ranks[index] = new
         self.leader.lose_rank(index)
+        self.lost.add(index)
         for mirror in list(self.ops.values()):
             mirror.fail(())
             self._answered(mirror, index)
         self._start_epoch()
         for request in [*self.requests, *self.held]:
             self._excuse(request, index)
+
+    def regain_ranks(self) -> None:
+        """The leader hears that lost ranks are back; they have taken part in steps since."""
+        while self.lost:
+            self.leader.regain_rank(self.lost.pop())
 
     def restart(self) -> None:
         """kill -9: nothing is left of the process but what its ranks have on disk."""
@@ -90,6 +96,7 @@ class Engine(Process):
             rank.transfer.kill()
         for nothing in (self.requests, self.held, self.ops):
             nothing.clear()
+        self.lost.clear()
         self.start()
 
     # A step
@@ -153,6 +160,7 @@ class Engine(Process):
     def settle(self) -> None:
         """Step until all requests are done and the leader has no work left; ops that hang do not
         keep it from that."""
+        self.regain_ranks()
         for i in range(300):
             self.now_seconds += SETTLING_SECONDS
             if not self.requests and not self.leader.has_work() and not self._is_stepping():

@@ -157,6 +157,11 @@ class LeaderMachine(RuleBasedStateMachine):
     def lose_rank(self, rank: int) -> None:
         self.engine.lose_rank(rank % len(self.engine.ranks))
 
+    @precondition(lambda self: self.engine.lost)
+    @rule()
+    def regain_ranks(self) -> None:
+        self.engine.regain_ranks()
+
     @precondition(_has_disk)
     @rule(seconds=PASSED_SECONDS)
     def pass_time(self, seconds: float) -> None:

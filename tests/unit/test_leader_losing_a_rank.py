@@ -63,3 +63,57 @@ def test_a_load_that_was_not_sent_yet_is_not_sent_after_it_has_failed() -> None:
     leader.lose_rank(0)
     assert leader.num_ops_in_flight == 0
     assert leader.plan_step([], lambda _: []).ops == ()
+
+
+def test_while_it_is_lost_nothing_new_is_stored_and_nothing_hangs() -> None:
+    leader = leader_of(num_ranks=2)
+    leader.lose_rank(1)
+    table = run(leader, "b")
+    assert not step(leader, "b", 3 * SIZE, table)
+    leader.finish("b", 3 * SIZE, table)
+    assert (leader.has_work(), leader.num_ops_in_flight, leader.num_slots) == (False, 0, 0)
+
+
+def test_when_it_is_back_new_requests_are_stored_and_those_that_ran_are_not() -> None:
+    """Its device memory may be empty: what they computed before is not there."""
+    leader = leader_of(num_ranks=2)
+    leader.lose_rank(1)
+    old = run(leader, "old")
+    step(leader, "old", 2 * SIZE, old)
+    leader.regain_rank(1)
+    assert step(leader, "old", 3 * SIZE, old).ops == ()
+    new = run(leader, "new", first=20)
+    (op,) = step(leader, "new", 3 * SIZE, new).ops
+    answer(leader, op.op_id, rank=0)
+    answer(leader, op.op_id, rank=1)
+    assert leader.pool.match(KEYS, 0) == 3
+
+
+def test_caching_begins_anew_only_when_all_lost_ranks_are_back() -> None:
+    leader = leader_of(num_ranks=3)
+    leader.lose_rank(1)
+    leader.lose_rank(2)
+    leader.regain_rank(2)
+    table = run(leader)
+    assert step(leader, "a", 3 * SIZE, table).ops == ()
+
+
+def test_losing_it_twice_is_losing_it_once() -> None:
+    leader = leader_of(num_ranks=2, ready=3)
+    leader.lose_rank(1)
+    leader.lose_rank(1)
+    leader.regain_rank(1)
+    assert step(leader, "a", 3 * SIZE, run(leader)).ops
+
+
+def test_device_blocks_that_it_may_still_use_are_fenced_after_its_ops_have_failed() -> None:
+    """It may be alive, and only silent."""
+    leader = leader_of(num_ranks=2)
+    op_id = step(leader, "a", 8, run(leader)).ops[0].op_id
+    leader.lose_rank(1)
+    answer(leader, op_id, rank=0)
+    assert leader.num_ops_in_flight == 0
+    assert leader.plan_step([], lambda _: [], reissued=[10]).fences == (op_id,)
+    leader.regain_rank(1)
+    assert leader.plan_step([], lambda _: []).fences == (op_id,)
+    assert leader.plan_step([], lambda _: [], reissued=[10]).fences == ()

@@ -254,3 +254,24 @@ def test_a_rank_without_a_disk_has_nothing_to_reset() -> None:
     reset = DiskReset(bytes(GENERATION_BYTES), persists=True)
     step(Worker(0, transfer), StepPlan(ops=(offload(1, "a", 1),), disk_reset=reset))
     assert transfer.op_ids == [1]
+
+
+def test_an_op_is_refused_while_one_from_before_a_reset_still_writes_its_host_blocks() -> None:
+    """A leader that had lost this rank does not know of the promotion any more."""
+    disk = ModelDisk(num_blocks=8, make_index=DiskIndex)
+    disk.open()
+    transfer = ModelTransfer(disk)
+    worker = Worker(0, transfer)
+    worker.begin(StepPlan(ops=(promotion(1, "a", 5),)))
+    step(worker, StepPlan(disk_reset=DiskReset(bytes(GENERATION_BYTES), persists=False)))
+    step(worker, StepPlan(ops=(offload(2, "b", 5), load(3, "c", 5), offload(4, "d", 6))))
+    assert transfer.op_ids == [1, 4]
+    report = worker.take_report()
+    assert report is not None
+    assert [(result.op_id, result.ok) for result in report.results] == [(2, False), (3, False)]
+    assert (worker.take_received(), worker.take_load_errors()) == ({"c"}, {5})
+    transfer.fail(1)
+    worker.poll()
+    step(worker, StepPlan(ops=(offload(6, "b", 5),)))
+    assert transfer.op_ids == [4, 6]
+    disk.close()
