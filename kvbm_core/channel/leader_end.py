@@ -78,6 +78,8 @@ class _LeaderSockets:
 
     def tick(self, now_seconds: float) -> None:
         self.protocol.tick(now_seconds)
+
+    def send(self) -> None:
         for route, message in self.protocol.outgoing:
             data = encode(message)
             try:

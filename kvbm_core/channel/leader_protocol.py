@@ -8,7 +8,7 @@ order; a report leaves as an event exactly once and in order, or the rank is los
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvbm_core.channel.messages import (
     Ack,
@@ -77,7 +77,7 @@ class _Member:
     route: Route
     heard_seconds: float
     outbox: Outbox
-    inbox: Inbox = field(default_factory=Inbox)
+    inbox: Inbox
 
 
 @dataclass
@@ -188,8 +188,14 @@ class LeaderProtocol:
 
     def _admit(self, route: Route, hello: Hello, now_seconds: float) -> None:
         rank, handshake = hello.handshake.rank, hello.handshake
-        outbox = Outbox(self._timing.resend_seconds)
-        self._members[rank] = _Member(hello.incarnation, handshake, route, now_seconds, outbox)
+        self._members[rank] = _Member(
+            hello.incarnation,
+            handshake,
+            route,
+            now_seconds,
+            Outbox(self._timing.resend_seconds),
+            Inbox(),
+        )
         self.outgoing.append((route, Welcome(hello.incarnation)))
         self.events.append(Joined(rank, handshake))
         if self._least is None and len(self._members) == self._terms.num_ranks:

@@ -38,7 +38,10 @@ class Speaker(Protocol):
         """Take one message; False where none waits. Never raises for what is in it."""
 
     def tick(self, now_seconds: float) -> None:
-        """Whatever is due; then send all that is to be sent."""
+        """Whatever is due."""
+
+    def send(self) -> None:
+        """Send all that is to be sent. Never waits."""
 
     def close(self) -> None:
         """Say goodbye and close the sockets."""
@@ -126,11 +129,13 @@ class Loop(Generic[_Event]):
                 num_received += 1
             is_behind = num_received == MAX_MESSAGES_PER_TURN
             self._speaker.tick(now_seconds)
+            # First the user here, then the other side: what that knows is known here.
             if events := self._take_events():
                 self._events.extend(events)
                 self._news.set()
+            self._speaker.send()
         self._take_commands()
-        self._speaker.tick(time.monotonic())
+        self._speaker.send()
 
     def _take_commands(self) -> None:
         try:

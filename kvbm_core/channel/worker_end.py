@@ -55,6 +55,8 @@ class _WorkerSockets:
 
     def tick(self, now_seconds: float) -> None:
         self.protocol.tick(now_seconds)
+
+    def send(self) -> None:
         for message in self.protocol.outgoing:
             try:
                 self._dealer.send(encode(message), zmq.NOBLOCK)
