@@ -15,14 +15,14 @@ engine.
                   llm_args={"kv_cache_config.enable_partial_reuse": True},
                   between_waves=wait_until_saved,   # (rank, scheduler or None, worker), engine idle
                   at_end=read_state)                # kept in outcome.states[rank]
-    check_tokens(outcome, waves, num_ranks=2)       # raises ConformanceError on a wrong token
+    check_tokens(outcome, waves)                    # raises ConformanceError on a wrong token
     assert outcome.num_matched_tokens               # the second wave came from the connector
 
 Between waves the radix tree is emptied (cold=False keeps it) while the connector lives on. Flavours
 are in `modules.FLAVOURS`; further options at `harness.run` and `engine.Setup`; what a request can
 ask for (a stop token, a cancel in a phase, a late arrival, a salt) at `llm_request.Request`.
 `ranks_as="processes"` starts each rank in a process of its own: hooks must then be functions that
-can be imported. Tokens depend on num_ranks and on the shape, so give `check_tokens` the same ones.
+can be imported.
 
 Files: modules, llm_args and mpi stand in for `tensorrt_llm`; pool, model, executor and manager are
 the engine; engine brings a rank up; harness runs the ranks; reference is a small connector that

@@ -23,13 +23,24 @@ from tests.contract.trtllm.mpi import CollectiveError, PipeComm, ThreadComm, Thr
 
 DEADLINE_SECONDS = 20.0
 
+_SHAPE = (
+    "num_ranks",
+    "num_blocks",
+    "num_layers",
+    "kv_factor",
+    "kv_heads",
+    "head_dim",
+    "tokens_per_block",
+)
+
 Waves = Sequence[Request] | Sequence[Sequence[Request]]
 
 
 @dataclass
 class Outcome:
     """tokens, ends ("length", "stop", "cancelled", "error") and matched (local, by the connector)
-    by request; the rest by rank. calls hold what went in and out of every hook."""
+    by request; counts, calls and states by rank. calls hold what went in and out of every hook;
+    there are none from processes. shape: what tokens depend on besides the request."""
 
     tokens: dict[int, tuple[int, ...]]
     ends: dict[int, str]
@@ -39,6 +50,7 @@ class Outcome:
     states: list[Any]
     num_open_saves: int
     num_open_loads: int
+    shape: dict[str, Any]
 
     def calls_of(self, name: str, rank: int = 0) -> list[Call]:
         return [call for call in self.calls[rank] if call.name == name]
@@ -98,7 +110,7 @@ def run(
     packages = _packages(connector, connector_packages)
     in_ranks = {"threads": _in_threads, "processes": _in_processes}[ranks_as]
     with _environment(env or {}):
-        return _combine(in_ranks(setup, packages, deadline_seconds))
+        return _combine(setup, in_ranks(setup, packages, deadline_seconds))
 
 
 def run_without_connector(requests: Waves, flavour: str = "1.3", **options: Any) -> Outcome:
@@ -115,7 +127,7 @@ def expected_tokens(requests: Waves, *, num_ranks: int = 1, **shape: Any) -> dic
 def check_tokens(outcome: Outcome, requests: Waves, **options: Any) -> None:
     """Raises ConformanceError unless every token is right; those of requests that were cancelled
     or failed are right as far as they go."""
-    expected = expected_tokens(requests, **options)
+    expected = expected_tokens(requests, **{**outcome.shape, **options})
     for request_id, tokens in outcome.tokens.items():
         right = expected[request_id]
         if outcome.ends[request_id] in ("cancelled", "error"):
@@ -237,7 +249,7 @@ def _rank_process(
             way.send(kind(f"{type(error).__name__}: {error}"))
 
 
-def _combine(results: Sequence[RankResult | BaseException]) -> Outcome:
+def _combine(setup: Setup, results: Sequence[RankResult | BaseException]) -> Outcome:
     """One outcome; the ranks must agree. The cause goes before the peers' broken collectives."""
     errors = [r for r in results if isinstance(r, BaseException)]
     for error in sorted(errors, key=lambda e: isinstance(e, CollectiveError)):
@@ -256,4 +268,5 @@ def _combine(results: Sequence[RankResult | BaseException]) -> Outcome:
         states=[r.state for r in ranks],
         num_open_saves=first.num_open_saves,
         num_open_loads=first.num_open_loads,
+        shape={name: getattr(setup, name) for name in _SHAPE},
     )
