@@ -192,9 +192,9 @@ def _serve(
     try:
         for i, wave in enumerate(setup.waves):
             if i:
-                comm.allgather("between waves", None)
                 if setup.between_waves is not None and manager is not None:
                     setup.between_waves(comm.rank, scheduler, worker)
+                comm.allgather("between waves", None)
                 if setup.cold:
                     executor.forget_device()
             executor.run_wave(wave)

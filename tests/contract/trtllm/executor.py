@@ -323,7 +323,10 @@ class Executor:
         for running in batch.all:
             is_normal = running.end in ("stop", "length")
             if is_normal and running in self._active and self._manager.finished(running):
-                self._pin(running)
+                if self._pool.keeps_blocks:
+                    self._pin(running)
+                else:
+                    self._deferred[running.request_id] = running
 
     def _cancel(self) -> None:
         for running in self._active:
@@ -337,6 +340,8 @@ class Executor:
             self._terminate(running)
 
     def _terminate(self, running: Running) -> None:
+        if running.request_id in self._deferred:
+            return
         is_told = self._manager is None
         if self._manager is not None and self._finish != "C" and running.is_added:
             is_told = True

@@ -54,6 +54,11 @@ class Pool:
         return -(-num_tokens // self._size)
 
     @property
+    def keeps_blocks(self) -> bool:
+        """Whether blocks are stored for reuse."""
+        return self._reuses
+
+    @property
     def num_available(self) -> int:
         """Blocks that nobody holds, stored or not."""
         return len(self._free) + sum(1 for b in self._key_of if not self._refs.get(b))
@@ -107,7 +112,7 @@ class Pool:
         for block_id in reversed(sequence.block_ids):
             # A copy of a stored block is freed although the connector may be saving it: only
             # the stored one is pinned, and nobody can tell which one that is.
-            is_copy = block_id not in kept and self._is_full(sequence, block_id)
+            is_copy = bool(kept) and block_id not in kept and self._is_full(sequence, block_id)
             self._release(block_id, poison=told and not is_copy)
         sequence.block_ids = []
         sequence.is_added = False
@@ -124,9 +129,11 @@ class Pool:
             self._release(block_id, poison=False)
 
     def forget(self) -> None:
-        """Evict everything that nobody holds: a cold device."""
-        for block_id in [b for b in self._key_of if not self._refs.get(b)]:
-            self._evict(block_id)
+        """A cold device: nothing can be reused. What is pinned is freed when it is unpinned."""
+        for block_id in list(self._key_of):
+            del self._stored[self._key_of.pop(block_id)]
+            if not self._refs.get(block_id):
+                self._free.append(block_id)
 
     # Bytes
 

@@ -186,6 +186,10 @@ class Worker(KvCacheConnectorWorker):
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
         self._pool = kv_cache_tensor.view(torch.int16)
 
+    def settle(self) -> None:
+        """Return when everything that was submitted is done."""
+        self._threads.submit(int).result()
+
     def close(self) -> None:
         self._threads.shutdown()
 

@@ -20,9 +20,13 @@ def serve(
 ) -> Outcome:
     """Run the reference connector and check every token."""
     env = {"REFERENCE_STORE": str(folder), "REFERENCE_LOAD": mode, "REFERENCE_SAVE": mode}
-    outcome = run(REFERENCE, waves, flavour, env=env, **options)
+    outcome = run(REFERENCE, waves, flavour, env=env, between_waves=settle, **options)
     check_tokens(outcome, waves)
     return outcome
+
+
+def settle(rank: int, scheduler: Any, worker: Any) -> None:
+    worker.settle()
 
 
 def again(requests: list[Request], **changes: Any) -> list[Request]:
