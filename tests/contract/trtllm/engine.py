@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,8 @@ class Setup:
 
     cold: empty the radix tree between waves. between_waves: called on every rank before each wave
     but the first, while the engine is idle. at_end: called on every rank before shutdown.
+    late_polls: by rank, how many polls its completions come late. shuts_down: False drops the
+    connector's objects without a call, as all releases do. dtype: of any size.
     """
 
     connector: Connector | None
@@ -65,6 +68,7 @@ class Setup:
     late_polls: tuple[int, ...] = ()
     between_waves: Hook | None = None
     at_end: Hook | None = None
+    shuts_down: bool = True
 
 
 @dataclass
@@ -110,6 +114,7 @@ def run_rank(setup: Setup, comm: Comm) -> RankResult:
         manager=manager,
         after_forward=after_forward,
         finish=setup.flavour.finish,
+        adds_in_batch=setup.flavour.adds_in_batch,
         tokens_per_block=setup.tokens_per_block,
         limits=setup.limits,
     )
@@ -137,7 +142,7 @@ def _bring_up(
     worker, scheduler = _construct(setup, comm, args)
     late = setup.late_polls[comm.rank] if setup.late_polls else 0
     manager = ConnectorManager(worker, scheduler, comm, setup.flavour, late)
-    after_forward = manager.call(
+    after_forward = manager.start(
         "register_forward_pass_callable", worker.register_forward_pass_callable
     )
     if after_forward is not None and not callable(after_forward):
@@ -145,9 +150,9 @@ def _bring_up(
     if after_forward is not None:
         # Warm-up and graph capture run forwards before the pool is registered.
         manager.call("warm_up_callable", after_forward)
-    manager.call("register_kv_caches", worker.register_kv_caches, pool.tensor)
+    manager.start("register_kv_caches", worker.register_kv_caches, pool.tensor)
     if scheduler is not None and hasattr(scheduler, "wait_for_initialization"):
-        manager.call("wait_for_initialization", scheduler.wait_for_initialization)
+        manager.start("wait_for_initialization", scheduler.wait_for_initialization)
     return manager, after_forward
 
 
@@ -201,16 +206,20 @@ def _serve(
         if setup.at_end is not None and manager is not None:
             state = setup.at_end(comm.rank, scheduler, worker)
         comm.allgather("end", None)
-    finally:
-        if manager is not None:
-            _shut_down(manager)
+    except BaseException:
+        with suppress(ConformanceError):  # the first error counts
+            _shut_down(setup, manager)
+        raise
+    _shut_down(setup, manager)
     return _result(executor, manager, state)
 
 
-def _shut_down(manager: ConnectorManager) -> None:
+def _shut_down(setup: Setup, manager: ConnectorManager | None) -> None:
     """Releases know no hook: objects are dropped and the process ends. Later main calls
     `shutdown()` before the pools are freed; a connector's own `shutdown` or `close` is called
     here in every flavour, so that the tests leave no threads or files behind."""
+    if manager is None or not setup.shuts_down:
+        return
     for part in (manager.scheduler, manager.worker):
         for name in ("shutdown", "close"):
             if callable(getattr(part, name, None)):

@@ -51,8 +51,8 @@ class Batch:
 
 
 class Executor:
-    """finish: the flavour's way to end a request; see Flavour. manager: None runs without a
-    connector. callable: what the worker registered for the end of each forward."""
+    """finish, adds_in_batch: see Flavour. manager: None runs without a connector. after_forward:
+    what the worker registered for the end of each forward."""
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class Executor:
         manager: ConnectorManager | None,
         after_forward: Callable[[], object] | None,
         finish: str,
+        adds_in_batch: bool,
         tokens_per_block: int,
         limits: Limits,
     ) -> None:
@@ -72,6 +73,7 @@ class Executor:
         self._manager = manager
         self._after_forward = after_forward
         self._finish = finish
+        self._adds_in_batch = adds_in_batch
         self._size = tokens_per_block
         self._limits = limits
         self._waiting: list[Running] = []
@@ -197,9 +199,13 @@ class Executor:
     # Prepare
 
     def _prepare(self, batch: Batch) -> None:
-        for running in batch.context:
-            if not running.is_added:
+        new = [running for running in batch.context if not running.is_added]
+        for group in [new] if self._adds_in_batch else [[running] for running in new]:
+            for running in group:
                 self._add(running)
+            for running in group:
+                if self._manager is not None:
+                    self._manager.allocated(running)
         for running in batch.generation:
             self._pool.extend(running, running.prompt_len + len(running.sampled))
         if self._manager is None:
@@ -222,8 +228,6 @@ class Executor:
         if end < running.prompt_len:
             running.chunk_size = end // self._size * self._size - running.position
         running.chunk_size = min(running.chunk_size, running.remaining)
-        if self._manager is not None:
-            self._manager.allocated(running)
 
     def _matched_blocks(self, running: Running) -> list[int]:
         first = running.num_local // self._size

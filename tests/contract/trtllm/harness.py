@@ -73,6 +73,7 @@ def run(
     max_batch_size: int = 8,
     fail_forward: int | None = None,
     graphs: bool = False,
+    finish: str | None = None,
     seed: int = 0,
     env: Mapping[str, str] | None = None,
     llm_args: Mapping[str, Any] | None = None,
@@ -82,7 +83,9 @@ def run(
 ) -> Outcome:
     """Serve the requests, in one wave or several, and compare what all ranks say of them.
 
-    chunk_tokens: of a forward; None computes each prompt at once. env: set during the run.
+    chunk_tokens: of a forward; None computes each prompt at once. fail_forward: the number of the
+    forward that fails. graphs: decode fires no layer hooks. finish: A, B or C where another than
+    the flavour's own way to end requests is wanted; see Flavour. env: set during the run.
     llm_args: overrides by dotted name ("kv_cache_config.enable_partial_reuse"). connector_packages:
     modules that import `tensorrt_llm`, besides the connector's own. shape: see Setup.
 
@@ -99,7 +102,7 @@ def run(
     )
     setup = Setup(
         connector=connector,
-        flavour=FLAVOURS[flavour],
+        flavour=replace(FLAVOURS[flavour], finish=finish or FLAVOURS[flavour].finish),
         num_ranks=num_ranks,
         limits=limits,
         waves=_waves(requests),

@@ -73,6 +73,8 @@ def make_llm_args(
         cuda_graph_config=None,
         speculative_config=None,
         lora_config=None,
+        load_format="AUTO",
+        scheduler_config=SimpleNamespace(capacity_scheduler_policy="GUARANTEED_NO_EVICT"),
         cache_transceiver_config=None,
         kv_connector_config=None,
         kv_cache_config=SimpleNamespace(
@@ -85,6 +87,10 @@ def make_llm_args(
             free_gpu_memory_fraction=0.9,
             max_tokens=None,
             event_buffer_max_size=0,
+            copy_on_partial_reuse=True,
+            secondary_offload_min_priority=None,
+            sink_token_length=None,
+            mamba_ssm_cache_dtype="auto",
         ),
     )
     for name, value in (overrides or {}).items():

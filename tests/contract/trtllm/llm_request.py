@@ -131,7 +131,8 @@ def salt_id(salt: str | None) -> int | None:
 class LlmRequest:
     """The base class's view: these attributes and no others.
 
-    Every hook gets a fresh one, as C++ hands out: an attribute set on it is lost, and refused here.
+    Every hook gets a fresh one, as C++ hands out at match time: an attribute set on it is lost, and
+    refused here. The other hooks get Python's subclass in the engine; the harness is stricter.
     """
 
     __slots__ = ("_extra", "_sequence")

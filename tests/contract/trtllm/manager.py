@@ -6,6 +6,7 @@ is a ConformanceError that names the hook.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ class Call:
     given: Any = None
     answer: Any = None
     seconds: float = 0.0
+    thread: str = ""
 
 
 class Stream:
@@ -107,19 +109,23 @@ class ConnectorManager:
         every = (self._new, self._pending, self._finished_here)
         return {i for transfers in every for i in transfers.saving}
 
-    def call(self, name: str, hook: Callable[..., Any], *args: Any, given: Any = None) -> Any:
-        """One hook; whatever it raises is a breach: there is nobody above who could handle it."""
-        record = Call(name, given)
+    def start(self, name: str, hook: Callable[..., Any], *args: Any, given: Any = None) -> Any:
+        """One hook of the bring-up: it may raise, and then the engine doesn't start."""
+        record = Call(name, given, thread=threading.current_thread().name)
         self.calls.append(record)
         start = time.perf_counter()
+        record.answer = hook(*args)
+        record.seconds = time.perf_counter() - start
+        return record.answer
+
+    def call(self, name: str, hook: Callable[..., Any], *args: Any, given: Any = None) -> Any:
+        """One hook; whatever it raises is a breach: there is nobody above who could handle it."""
         try:
-            record.answer = hook(*args)
+            return self.start(name, hook, *args, given=given)
         except CollectiveError:
             raise
         except Exception as error:
             raise ConformanceError(f"rank {self._comm.rank}: {name} raised {error!r}") from error
-        record.seconds = time.perf_counter() - start
-        return record.answer
 
     def _lead(self, name: str, hook: Callable[[], Any], given: Any = None) -> Any:
         """Run on the leader, give the result to all; what can't be pickled is a breach."""

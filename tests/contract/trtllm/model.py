@@ -30,21 +30,21 @@ def _mix(x: int) -> int:
 class Model:
     """One rank's shard.
 
-    pool: `[num_blocks, num_layers, kv_factor, kv_heads * tokens_per_block * head_dim]`, two bytes
-    an element; a block's inner order is head, token, element of head, as TensorRT-LLM has it.
+    pool: `[num_blocks, num_layers, kv_factor, kv_heads * tokens_per_block * head_dim]` of any
+    dtype; a block's inner order is head, token, element of head, as TensorRT-LLM has it.
     """
 
     def __init__(self, pool: torch.Tensor, *, rank: int, kv_heads: int, tokens_per_block: int):
-        num_blocks, self.num_layers, kv_factor, size = pool.shape
-        head_dim = size // kv_heads // tokens_per_block
+        data = pool.view(torch.uint8).numpy()
+        num_blocks, self.num_layers, kv_factor, block_bytes = data.shape
+        head_bytes = block_bytes // kv_heads // tokens_per_block
         self._rank = rank
         self._size = tokens_per_block
-        self._kv = pool.view(torch.int16).numpy().view(np.uint16)
-        self._kv = self._kv.reshape(
-            num_blocks, self.num_layers, kv_factor, kv_heads, tokens_per_block, head_dim
+        self._kv = data.reshape(
+            num_blocks, self.num_layers, kv_factor, kv_heads, tokens_per_block, head_bytes
         )
-        self._shape = (kv_factor, kv_heads, head_dim)
-        self._width = kv_factor * kv_heads * head_dim
+        self._shape = (kv_factor, kv_heads, head_bytes)
+        self._width = kv_factor * kv_heads * head_bytes
         rng = np.random.default_rng(1234)
         self._weights = rng.integers(1, 1 << 63, self._width, dtype=np.uint64) | np.uint64(1)
         self._powers = _powers_of(_BASE | 1, 4096)
@@ -72,14 +72,14 @@ class Model:
     def _row(self, seed: int) -> np.ndarray:
         lanes = np.arange(1, self._width + 1, dtype=np.uint64) * np.uint64(seed | 1)
         lanes ^= lanes >> np.uint64(29)
-        return (lanes >> np.uint64(17)).astype(np.uint16)
+        return (lanes >> np.uint64(17)).astype(np.uint8)
 
     def _digest(self, layer: int, block_ids: Seq[int], stop: int) -> int:
         """Of all KV of this layer before `stop`, read through the block table."""
         if not stop:
             return 0
         ids = list(block_ids[: -(-stop // self._size)])
-        kv = self._kv[ids, layer]  # [block, k/v, head, token, element]
+        kv = self._kv[ids, layer]  # [block, k/v, head, token, byte]
         rows = kv.transpose(0, 3, 1, 2, 4).reshape(-1, self._width)[:stop]
         hashes = (rows.astype(np.uint64) * self._weights).sum(axis=1, dtype=np.uint64)
         powers = self._powers[:stop][::-1]

@@ -8,6 +8,7 @@ modules are put away with the flavour: they were imported against its names.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,9 @@ class Flavour:
 
     finish: how a request ends. A: `request_finished` on every end, a yes defers the free. B: on
     every end, a yes pins what is stored for reuse and the rest is freed. C: as B, but only on the
-    normal end. request_fields: what the request seen by the match hook has beyond the common ones.
+    normal end. adds_in_batch: all new requests of a batch are matched before the connector hears of
+    the first one's blocks (`add_sequence_batch`; from which release is uncertain, main of 2026 has
+    it). request_fields: what the request seen by the match hook has beyond the common ones.
     has_shutdown: `shutdown()` on both classes; it is on later main only, in no release we know.
     """
 
@@ -42,6 +45,7 @@ class Flavour:
     finish: str
     data_fields: tuple[str, ...]
     request_fields: tuple[str, ...] = ("cache_salt_id",)
+    adds_in_batch: bool = False
     has_wait_for_initialization: bool = False
     has_shutdown: bool = False
 
@@ -63,6 +67,7 @@ FLAVOURS = {
             "C",
             (*_CORE, "num_scheduled_tokens", "block_hashes", "priorities", "cache_salt"),
             ("cache_salt", "cache_salt_id"),
+            adds_in_batch=True,
             has_wait_for_initialization=True,
         ),
         Flavour(
@@ -79,6 +84,7 @@ FLAVOURS = {
                 "new_block_ids_by_layer_group",
             ),
             ("cache_salt", "cache_salt_id"),
+            adds_in_batch=True,
             has_wait_for_initialization=True,
             has_shutdown=True,
         ),
@@ -214,6 +220,7 @@ def _make(flavour: Flavour) -> dict[str, ModuleType]:
         "tensorrt_llm.llmapi.llm_args": {"TorchLlmArgs": TorchLlmArgs},
         "tensorrt_llm.bindings": {"LlmRequestState": LlmRequestState},
         "tensorrt_llm.bindings.internal.batch_manager": {"LlmRequest": LlmRequest},
+        "tensorrt_llm.logger": {"logger": logging.getLogger("tensorrt_llm")},
         "tensorrt_llm._utils": {name: getattr(mpi, name) for name in mpi.__all__},
     }
     names = {name.rsplit(".", n)[0] for name in contents for n in range(name.count(".") + 1)}
@@ -238,7 +245,11 @@ def installed(name: str, connectors: Sequence[str] = ()) -> Iterator[Flavour]:
     prefixes = ("tensorrt_llm", *connectors)
     before = _take(prefixes)
     sys.modules.update(modules_of(flavour))
-    sys.modules.update(_PUT_AWAY.get(name, {}))
+    for module_name, module in _PUT_AWAY.get(name, {}).items():
+        sys.modules[module_name] = module
+        parent, _, child = module_name.rpartition(".")
+        if parent in sys.modules:
+            setattr(sys.modules[parent], child, module)
     importlib.invalidate_caches()
     try:
         yield flavour

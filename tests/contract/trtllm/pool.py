@@ -15,7 +15,7 @@ import torch
 
 from tests.contract.trtllm.llm_request import Sequence
 
-POISON = 0x5A5B
+POISON = 0x5A
 
 Key = tuple[object, ...]
 
@@ -38,7 +38,7 @@ class Pool:
         enable_partial_reuse: bool,
     ) -> None:
         self.tensor = torch.zeros((num_blocks, num_layers, kv_factor, block_size), dtype=dtype)
-        self._bits = self.tensor.view(torch.int16)
+        self._bits = self.tensor.view(torch.uint8)
         self._bits.fill_(POISON)
         self._size = tokens_per_block
         self._random = random.Random(seed)

@@ -184,7 +184,7 @@ class Worker(KvCacheConnectorWorker):
         self.num_forwards += 1
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
-        self._pool = kv_cache_tensor.view(torch.int16)
+        self._pool = kv_cache_tensor.view(torch.uint8)
 
     def settle(self) -> None:
         """Return when everything that was submitted is done."""
@@ -197,7 +197,7 @@ class Worker(KvCacheConnectorWorker):
         assert self._pool is not None
         data = bytearray(self._store.read(copy.key, self.rank))
         block = self._pool[copy.block_id]
-        block.copy_(torch.frombuffer(data, dtype=torch.int16).view(block.shape))
+        block.copy_(torch.frombuffer(data, dtype=torch.uint8).view(block.shape))
 
     def save(self, copy: Copy) -> None:
         assert self._pool is not None
