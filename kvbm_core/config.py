@@ -43,6 +43,8 @@ class KvbmConfig:
     call; None sizes calls by bytes. offload_generated_blocks: keep blocks of generated tokens
     too. eviction_policy, transfer_engine: a built-in name or ``module:Name``.
     block_keys: ``engine`` (the engine's own hashes), ``chain`` (ours), or ``auto``.
+    trtllm_load_mode: on TensorRT-LLM a request waits for its load outside the batch (``async``), or
+    the next forward does (``sync``).
 
     disk_cache_gb, disk_cache_override_num_blocks: disk tier, as for host; without either there is
     none (0 says so too). disk_cache_dir: an existing directory; None: the system's temporary one.
@@ -78,6 +80,7 @@ class KvbmConfig:
     eviction_policy: str = "lru"
     transfer_engine: str = "auto"
     block_keys: str = "auto"
+    trtllm_load_mode: str = "async"
     leader_zmq_host: str | None = None
     leader_zmq_pub_port: int | None = None
     leader_zmq_ack_port: int | None = None
@@ -214,10 +217,13 @@ def _cluster_name(source: str, raw: Any) -> str:
     return name
 
 
-def _block_keys(source: str, raw: Any) -> str:
-    if raw not in ("auto", "engine", "chain"):
-        raise ConfigError(source, raw, "unknown choice", "Give auto, engine or chain.")
-    return str(raw)
+def _choice(*choices: str) -> Callable[[str, Any], str]:
+    def parse(source: str, raw: Any) -> str:
+        if raw not in choices:
+            raise ConfigError(source, raw, "unknown choice", f"Give one of {', '.join(choices)}.")
+        return str(raw)
+
+    return parse
 
 
 def _log_level(source: str, raw: Any) -> str:
@@ -252,7 +258,8 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "host_offload_prefix_min_priority": _integer,
     "eviction_policy": _text,
     "transfer_engine": _text,
-    "block_keys": _block_keys,
+    "block_keys": _choice("auto", "engine", "chain"),
+    "trtllm_load_mode": _choice("async", "sync"),
     "leader_zmq_host": _host,
     "leader_zmq_pub_port": _port,
     "leader_zmq_ack_port": _port,

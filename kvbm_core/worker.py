@@ -93,6 +93,15 @@ class Worker:
             self._transfer.submit(op)
         self._offloads.clear()
 
+    def wait_onboards(self) -> None:
+        """Return when every load that was submitted has ended, well or not."""
+        self._transfer.wait([op.op_id for op in self._in_flight.values() if op.is_onboard])
+
+    def wait_offloads(self) -> None:
+        """Return when nothing that was submitted reads device blocks any more."""
+        waiting = [op for op in self._in_flight.values() if op.src.tier is Tier.DEVICE]
+        self._transfer.wait([op.op_id for op in waiting])
+
     def poll(self) -> None:
         """Collect ops that ended; in a step without a forward, wait a moment for one."""
         if not self._in_flight:

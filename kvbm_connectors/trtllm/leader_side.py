@@ -1,0 +1,206 @@
+"""Rank 0's half of the connector: TensorRT-LLM's scheduler hooks as calls of the Leader.
+
+Runs on the executor's event-loop thread; matching even under the engine's own lock. Invariant: no
+hook raises and none waits; once a hook that changes the leader has raised, the cache is off until
+restart. A load that the engine was promised reaches the workers: while one is queued, nothing that
+could cancel it is taken in.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from kvbm_connectors.guard import guarded
+from kvbm_connectors.summary import SummaryLog
+from kvbm_connectors.trtllm import translate
+from kvbm_connectors.trtllm.followed import Followed
+from kvbm_connectors.trtllm.metadata import StepMetadata
+from kvbm_core.hashing import CacheNamespace
+from kvbm_core.kvbm_leader import KvbmLeader
+from kvbm_core.leader import Leader
+from kvbm_core.types import BlockId, RequestId
+from kvbm_core.wire import StepPlan, encode
+
+logger = logging.getLogger("kvbm_connectors.trtllm")
+
+
+class LeaderSide:
+    """One engine's leader behind TensorRT-LLM's scheduler hooks.
+
+    loads_async: a request waits outside the batch for its load, else the forward waits for it.
+    is_chunked: prompts may be computed in parts.
+    """
+
+    def __init__(
+        self, kvbm: KvbmLeader, namespace: CacheNamespace, *, loads_async: bool, is_chunked: bool
+    ) -> None:
+        self.failed_hooks: Counter[str] = Counter()
+        self._kvbm = kvbm
+        self._namespace = namespace
+        self._loads_async = loads_async
+        self._is_chunked = is_chunked
+        self._followed: dict[RequestId, Followed] = {}
+        self._queued_loads: list[RequestId] = []
+        self._stranded: list[RequestId] = []
+        self._summary: SummaryLog | None = None
+        self._is_off = False
+
+    @property
+    def is_off(self) -> bool:
+        """Whether an unexpected exception has switched the cache off."""
+        return self._is_off
+
+    @property
+    def leader(self) -> Leader:
+        return self._kvbm.leader
+
+    @property
+    def _is_serving(self) -> bool:
+        return self._kvbm.is_ready and not self._is_off
+
+    def wait(self) -> None:
+        """Until every rank has joined. Raises ChannelError: start-up is the time for it."""
+        self._kvbm.wait()
+
+    def _switch_off(self, *_: Any) -> None:
+        if not self._is_off:
+            self._is_off = True
+            if self._kvbm.is_ready and self.leader.cascade is not None:
+                self.leader.cascade.retire()
+            logger.error("the KV cache tiers are off until restart; serving goes on without them")
+
+    def _no_match(self, request: Any, _: int) -> tuple[int, bool]:
+        """A request whose keys can't be computed costs only itself."""
+        followed = self._followed.pop(translate.request_id_of(request), None)
+        if followed is not None and self._is_serving:
+            self.leader.ignore(translate.request_id_of(request))
+        return 0, False
+
+    @guarded(_no_match)
+    def match(self, request: Any, num_device_tokens: int) -> tuple[int, bool]:
+        self.poll()
+        if not self._is_serving or request.is_dummy_request:
+            return 0, False
+        request_id, block_size = translate.request_id_of(request), self._namespace.block_size
+        followed = self._follow(request_id, request)
+        is_aligned = num_device_tokens % block_size == 0
+        found = self.leader.match(request_id, num_device_tokens, may_read=is_aligned)
+        # The engine wants to compute at least one token itself.
+        room = max(0, followed.prompt_len - 1 - num_device_tokens) // block_size * block_size
+        followed.num_offered = min(found or 0, room)
+        return followed.num_offered, bool(followed.num_offered) and self._loads_async
+
+    def _strand(self, request: Any, _: Sequence[BlockId]) -> None:
+        """The engine now counts on a load that will not start, and can't be told."""
+        self._switch_off()
+        request_id = translate.request_id_of(request)
+        if request_id in self._followed and self._followed[request_id].num_offered:
+            self._stranded.append(request_id)
+
+    @guarded(_strand)
+    def allocated(self, request: Any, device_ids: Sequence[BlockId]) -> None:
+        request_id = translate.request_id_of(request)
+        followed = self._followed.get(request_id)
+        if followed is None:
+            return
+        if not self._is_serving:
+            self._strand(request, device_ids)
+            return
+        num_tokens = followed.num_offered
+        self.leader.allocated(request_id, num_tokens, device_ids)
+        followed.num_offered = 0
+        if num_tokens:
+            self._queued_loads.append(request_id)
+            followed.num_loading = 0 if self._loads_async else num_tokens
+
+    def _metadata_without_plan(self, _: Any) -> StepMetadata:
+        self._switch_off()
+        self._stranded += self._queued_loads
+        self._queued_loads.clear()
+        return StepMetadata(stranded=self._take_stranded())
+
+    @guarded(_metadata_without_plan)
+    def build_metadata(self, output: Any) -> StepMetadata:
+        plan = self._plan(output) if self._is_serving else StepPlan()
+        metadata = StepMetadata(encode(plan) if plan else b"", self._take_stranded())
+        self._queued_loads.clear()
+        self.poll()
+        return metadata
+
+    def _plan(self, output: Any) -> StepPlan:
+        progress: list[tuple[RequestId, int]] = []
+        reissued: list[BlockId] = []
+        scheduled = [(data, True) for data in output.new_requests]
+        scheduled += [(data, False) for data in output.cached_requests]
+        for data, is_new in scheduled:
+            request_id = translate.request_id_of(data)
+            followed = self._followed.get(request_id)
+            if followed is None:
+                continue
+            num_tokens, written = followed.take(
+                data,
+                is_new=is_new,
+                block_size=self._namespace.block_size,
+                is_chunked=self._is_chunked,
+            )
+            progress.append((request_id, num_tokens))
+            reissued += written
+        self.forget_what_is_over({request_id for request_id, _ in progress})
+        self.leader.note_progress(progress, lambda i: self._followed[i].block_ids, reissued)
+        return self.leader.take_plan(now_seconds=time.monotonic())
+
+    def forget_what_is_over(self, scheduled: Collection[RequestId] = ()) -> None:
+        """From 1.2 on, requests that were cancelled or failed are gone without a word."""
+        absent = [(i, f) for i, f in self._followed.items() if i not in scheduled]
+        for request_id, followed in absent:
+            if translate.is_over(followed.request):
+                self._forget(request_id)
+
+    def _take_stranded(self) -> tuple[RequestId, ...]:
+        stranded, self._stranded = tuple(self._stranded), []
+        return stranded
+
+    @guarded(_switch_off)
+    def finish(self, request: Any) -> None:
+        """The engine frees the request's device blocks; what offloads still read is fenced."""
+        self._forget(translate.request_id_of(request))
+
+    def _forget(self, request_id: RequestId) -> None:
+        """No block is offloaded at this point: no plan could be sent to an engine that rests."""
+        if self._followed.pop(request_id, None) is not None and self._is_serving:
+            self.leader.finish(request_id, 0, ())
+
+    @guarded(_switch_off)
+    def poll(self) -> None:
+        """Take in what the workers have said. Never waits."""
+        if self._is_off or self._queued_loads:
+            return
+        self._kvbm.poll()
+        if self._summary is not None:
+            self._summary.write_if_due(self.failed_hooks.total())
+        elif self._kvbm.is_ready:
+            self._summary = SummaryLog(logger, self.leader.counters)
+
+    def close(self) -> None:
+        """Nothing may be asked any more."""
+        self._switch_off_quietly()
+        if self._summary is not None:
+            self._summary.write(self.failed_hooks.total())
+        self._kvbm.close()
+
+    def _switch_off_quietly(self) -> None:
+        self._is_off = True
+
+    def _follow(self, request_id: RequestId, request: Any) -> Followed:
+        followed = self._followed.get(request_id)
+        if followed is None:
+            tokens = list(request.get_tokens(0))
+            followed = Followed(request, int(request.prompt_len), tokens)
+            keys = translate.keys_of(request, tokens, self._namespace)
+            self.leader.create_slot(request_id, keys, followed.prompt_len, followed.priorities)
+            self._followed[request_id] = followed
+        return followed
