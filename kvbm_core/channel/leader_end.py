@@ -1,4 +1,4 @@
-"""The leader's sockets: PUB for its beat, ROUTER for everything else.
+"""The leader's sockets: XPUB for its beat, ROUTER for everything else.
 
 Lives here: binding, sending, receiving. Does not live here: who may join (`leader_protocol`).
 """
@@ -31,7 +31,8 @@ class _LeaderSockets:
         self._host, self._beat_port, self._port = host, beat_port, port
         self._directory: Path | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._pub = sockets.new_socket(self._context, zmq.PUB)
+        self._pub = sockets.new_socket(self._context, zmq.XPUB)
+        self._pub.setsockopt(zmq.XPUB_VERBOSE, 1)  # tell of every subscriber
         self._router = sockets.new_socket(self._context, zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
 
@@ -61,9 +62,21 @@ class _LeaderSockets:
         )
 
     def sockets(self) -> Iterable[zmq.Socket[bytes]]:
-        return (self._router,)
+        return (self._router, self._pub)
 
     def receive(self, now_seconds: float) -> bool:
+        return self._receive_subscriber() or self._receive_message(now_seconds)
+
+    def _receive_subscriber(self) -> bool:
+        """A worker that has just come waits for a beat before it says hello."""
+        try:
+            self._pub.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self.protocol.hasten_beat()
+        return True
+
+    def _receive_message(self, now_seconds: float) -> bool:
         try:
             route, *frames = self._router.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:

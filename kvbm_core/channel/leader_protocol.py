@@ -137,6 +137,10 @@ class LeaderProtocol:
         if isinstance(error, OtherVersion):
             self.outgoing.append((route, Refusal("", str(error))))
 
+    def hasten_beat(self) -> None:
+        """Beat with the next tick."""
+        self._next_beat_seconds = float("-inf")
+
     def tick(self, now_seconds: float) -> None:
         """Whatever is due. Call after all messages that have come were received."""
         if gap_seconds := self._stopwatch.stood_still_seconds(now_seconds):

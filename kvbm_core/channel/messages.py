@@ -1,6 +1,6 @@
 """What leader and workers say to each other, and its versioned codec.
 
-    PUB, leader → all:       Beat
+    XPUB, leader → all:      Beat
     ROUTER, worker → leader: Hello, Alive, Data (a report), Ack, Goodbye
     ROUTER, leader → worker: Welcome, Refusal, Dropped, Data (a plan), Ack
 
