@@ -281,7 +281,7 @@ class Cascade:
         self._is_choked = False
         self._host.unpin(record.src_ids)
         if record.doomed:
-            self.disk.free_orphans(record.dst_ids)
+            self.disk.free_unkeyed(record.dst_ids)
             return
         good, bad = record.split()
         self.disk.commit(good)
@@ -350,7 +350,7 @@ class Cascade:
             if self._promoting.get(key) == record.op.op_id:
                 del self._promoting[key]
         if record.doomed:
-            self._host.free_orphans(record.dst_ids)
+            self._host.free_unkeyed(record.dst_ids)
             return
         good, bad = record.split()
         self._host.commit(good)

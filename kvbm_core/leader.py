@@ -382,7 +382,7 @@ class Leader:
         elif record.op.is_onboard:
             self._end_load(record)
         elif record.doomed:
-            self._pool.free_orphans(record.dst_ids)
+            self._pool.free_unkeyed(record.dst_ids)
         elif record.error:
             self._pool.abort(record.keys)
         else:

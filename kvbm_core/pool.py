@@ -4,6 +4,8 @@
       ▲                   └─────abort─────────────────────────────┘
 
 Lives here: ids, keys, pins. Does not live here: bytes, requests, ops.
+A RESERVED id has a key from the start (`reserve`: a copy of known tokens is on its way), or gets it
+when its content is known (`reserve_unkeyed`, `commit_unkeyed`), or has lost it (`orphan`).
 Invariant: every id is FREE, RESERVED or READY, exactly once. A RESERVED block never matches; a
 pinned block is never evicted or freed (one dropped while pinned stops matching at once and is
 freed with its last pin).
@@ -36,7 +38,7 @@ class BlockPool:
         self._reserved: dict[BlockHash, BlockId] = {}
         self._pins: dict[BlockId, int] = {}
         self._detached: set[BlockId] = set()
-        self._orphans: set[BlockId] = set()
+        self._unkeyed: set[BlockId] = set()
 
     @property
     def num_free(self) -> int:
@@ -44,8 +46,8 @@ class BlockPool:
 
     @property
     def num_reserved(self) -> int:
-        """RESERVED ids, those that were orphaned included."""
-        return len(self._reserved) + len(self._orphans)
+        """RESERVED ids, those without a key included."""
+        return len(self._reserved) + len(self._unkeyed)
 
     @property
     def num_ready(self) -> int:
@@ -55,6 +57,12 @@ class BlockPool:
     @property
     def num_pinned(self) -> int:
         return len(self._pins)
+
+    @property
+    def num_available(self) -> int:
+        """Ids that a reservation can have: FREE ones, and READY ones that nobody holds."""
+        num_pinned_ready = len(self._pins) - len(self._detached)
+        return len(self._free) + len(self._ready) - num_pinned_ready
 
     def __contains__(self, key: BlockHash) -> bool:
         """Whether the key is READY or on its way (RESERVED)."""
@@ -135,14 +143,49 @@ class BlockPool:
 
     def orphan(self, keys: Iterable[BlockHash]) -> None:
         """RESERVED blocks whose bytes will not be wanted give up their keys, so that these can be
-        reserved anew; the ids stay RESERVED until `free_orphans`."""
+        reserved anew; the ids stay RESERVED until `free_unkeyed`."""
         for key in keys:
-            self._orphans.add(self._take_reserved(key))
+            self._unkeyed.add(self._take_reserved(key))
 
-    def free_orphans(self, ids: Iterable[BlockId]) -> None:
-        """RESERVED → FREE for orphaned ids: nothing writes them any more."""
+    def reserve_unkeyed(self, count: int) -> tuple[list[BlockId], list[BlockHash]]:
+        """Reserve `count` ids without keys; returns them and the keys evicted.
+
+        All or none. Nothing is evicted where `num_available` is less.
+        """
+        num_missing = count - len(self._free)
+        if count > self.num_available:
+            return [], []
+        evicted = self._evict(num_missing, _keep_none)
+        if len(evicted) < num_missing:
+            # The policy looked at so many pinned blocks that it gave up: move them out of its way.
+            ready, pins = self._ready, self._pins
+            self._policy.touch([key for key in ready if ready[key] in pins])
+            evicted += self._evict(num_missing - len(evicted), _keep_none)
+        if count > len(self._free):
+            return [], evicted
+        ids = [self._free.pop() for _ in range(count)]
+        self._unkeyed.update(ids)
+        return ids, evicted
+
+    def commit_unkeyed(self, entries: Sequence[tuple[BlockHash, BlockId]]) -> None:
+        """RESERVED → READY for ids without a key, under these keys.
+
+        Raises IllegalTransition, and moves none, where a key is in the pool already or comes
+        twice, or an id is not RESERVED without a key.
+        """
+        keys, ids = [key for key, _ in entries], {block_id for _, block_id in entries}
+        if any(key in self for key in keys) or not len(set(keys)) == len(ids) == len(entries):
+            raise IllegalTransition(f"{len(entries)} keys are not all new in {self.tier.value}")
+        if not ids <= self._unkeyed:
+            raise IllegalTransition(f"{ids - self._unkeyed} are not reserved without a key")
+        self._unkeyed -= ids
+        self._ready.update(entries)
+        self._policy.insert(reversed(keys))
+
+    def free_unkeyed(self, ids: Iterable[BlockId]) -> None:
+        """RESERVED → FREE for ids without a key: nothing writes them any more."""
         for block_id in ids:
-            self._orphans.remove(block_id)
+            self._unkeyed.remove(block_id)
             self._free.append(block_id)
 
     def pin(self, keys: Sequence[BlockHash]) -> list[BlockId]:

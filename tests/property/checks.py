@@ -63,7 +63,7 @@ def check_conserved(pool: BlockPool) -> None:
         *pool._reserved.values(),
         *pool._ready.values(),
         *pool._detached,
-        *pool._orphans,
+        *pool._unkeyed,
     ]
     assert sorted(ids) == list(range(pool.num_blocks))
     assert pool.num_free + pool.num_reserved + pool.num_ready == pool.num_blocks
@@ -75,7 +75,7 @@ def check_held(engine: Engine, pool: BlockPool) -> None:
     read = dict(Counter(i for op in ops if op.src.tier is pool.tier for i in op.src.ids()))
     assert read == pool._pins, f"{pool.tier}: ops read {read}, pinned is {pool._pins}"
     written = {i for op in ops if op.dst.tier is pool.tier for i in op.dst.ids()}
-    assert written <= {*pool._reserved.values(), *pool._orphans}, f"{pool.tier} is written"
+    assert written <= {*pool._reserved.values(), *pool._unkeyed}, f"{pool.tier} is written"
 
 
 def check_ready_on_disk(engine: Engine) -> None:

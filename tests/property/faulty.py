@@ -83,6 +83,39 @@ class NeverDrops(BlockPool):
         return victims
 
 
+class GivesOutUnkeyed(BlockPool):
+    """Gives ids out without a key, and again."""
+
+    def reserve_unkeyed(self, count: int) -> tuple[list[BlockId], list[BlockHash]]:
+        ids, evicted = super().reserve_unkeyed(count)
+        self._free += ids
+        return ids, evicted
+
+
+class EvictsThenFails(BlockPool):
+    """Throws blocks away for a reservation that does not happen."""
+
+    def reserve_unkeyed(self, count: int) -> tuple[list[BlockId], list[BlockHash]]:
+        if count > self.num_available:
+            self._evict(count, lambda _: False)
+        return super().reserve_unkeyed(count)
+
+
+class KeysWhatIsThere(BlockPool):
+    """Gives a key to a second block."""
+
+    def commit_unkeyed(self, entries: Sequence[tuple[BlockHash, BlockId]]) -> None:
+        self.drop(key for key, _ in entries)
+        super().commit_unkeyed(entries)
+
+
+class LeaksUnkeyed(BlockPool):
+    """Forgets ids that never got a key."""
+
+    def free_unkeyed(self, ids: Iterable[BlockId]) -> None:
+        self._unkeyed -= set(ids)
+
+
 class WithLedger(Leader):
     """A leader with another ledger."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvbm_core.errors import IllegalTransition
 from kvbm_core.eviction import Lru
 from kvbm_core.pool import BlockPool
 from kvbm_core.types import BlockHash, BlockId, Tier
@@ -30,6 +32,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.ready: dict[BlockHash, BlockId] = {}  # least recently used first
         self.pins: list[list[BlockId]] = []
         self.batches: list[list[BlockHash]] = []
+        self.unkeyed: list[BlockId] = []
 
     @property
     def held(self) -> Counter[BlockId]:
@@ -45,9 +48,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert len(ids) == min(len(keys), num_free + len(evicted))
         for key in evicted:
             del self.ready[key]
-        busy = {*self.reserved.values(), *self.ready.values(), *self.held}
-        assert len(set(ids)) == len(ids)
-        assert not busy & set(ids), "an id was given out that somebody has"
+        self._expect_new(ids)
         self.reserved.update(zip(keys, ids, strict=False))
         if ids:
             self.batches.append(keys[: len(ids)])
@@ -66,6 +67,46 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.abort(keys)
         for key in keys:
             del self.reserved[key]
+
+    @rule(count=st.integers(0, 7))
+    def reserve_unkeyed(self, count: int) -> None:
+        evictable = [key for key, i in self.ready.items() if i not in self.held]
+        num_free = self.pool.num_free
+        assert self.pool.num_available == num_free + len(evictable)
+        ids, evicted = self.pool.reserve_unkeyed(count)
+        if count > num_free + len(evictable):
+            assert (ids, evicted) == ([], [])
+            return
+        assert len(ids) == count
+        assert evicted == evictable[: max(0, count - num_free)]
+        for key in evicted:
+            del self.ready[key]
+        self._expect_new(ids)
+        self.unkeyed += ids
+
+    @rule(keys=SOME)
+    def commit_unkeyed(self, keys: list[BlockHash]) -> None:
+        """Also tries keys that are there already: then nothing may move."""
+        entries = list(zip(keys, self.unkeyed, strict=False))
+        if any(key in self.pool for key, _ in entries):
+            with pytest.raises(IllegalTransition):
+                self.pool.commit_unkeyed(entries)
+            return
+        self.pool.commit_unkeyed(entries)
+        del self.unkeyed[: len(entries)]
+        self.ready.update(reversed(entries))
+
+    @precondition(lambda self: self.batches)
+    @rule(pick=PICKS)
+    def orphan(self, pick: int) -> None:
+        keys = self.batches.pop(pick % len(self.batches))
+        self.pool.orphan(keys)
+        self.unkeyed += [self.reserved.pop(key) for key in keys]
+
+    @rule(count=st.integers(0, 3))
+    def free_unkeyed(self, count: int) -> None:
+        self.pool.free_unkeyed(self.unkeyed[:count])
+        del self.unkeyed[:count]
 
     @rule(keys=SOME)
     def pin(self, keys: list[BlockHash]) -> None:
@@ -98,6 +139,11 @@ class PoolMachine(RuleBasedStateMachine):
             expected += 1
         assert self.pool.match(keys, start) == expected
 
+    def _expect_new(self, ids: list[BlockId]) -> None:
+        busy = {*self.reserved.values(), *self.ready.values(), *self.held, *self.unkeyed}
+        assert len(set(ids)) == len(ids)
+        assert not busy & set(ids), "an id was given out that somebody has"
+
     def _use(self, keys: list[BlockHash]) -> None:
         for key in reversed(keys):
             self.ready[key] = self.ready.pop(key)
@@ -109,7 +155,7 @@ class PoolMachine(RuleBasedStateMachine):
         pool = self.pool
         check_conserved(pool)
         assert ready_blocks(pool) == self.ready
-        assert pool.num_reserved == len(self.reserved)
+        assert pool.num_reserved == len(self.reserved) + len(self.unkeyed)
         assert pool.num_pinned == len(self.held)
         assert [k for k in KEYS if k in pool] == [
             k for k in KEYS if k in self.ready or k in self.reserved
@@ -124,5 +170,6 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.unpin(ids)
         for keys in self.batches:
             self.pool.abort(keys)
+        self.pool.free_unkeyed(self.unkeyed)
         self.pool.drop(self.pool.ready_keys())
         assert self.pool.num_free == self.pool.num_blocks

@@ -28,6 +28,10 @@ def test_the_pool_behaves_as_its_model() -> None:
         faulty.NeverUnpins,
         faulty.FreesOnFirstUnpin,
         faulty.NeverDrops,
+        faulty.GivesOutUnkeyed,
+        faulty.EvictsThenFails,
+        faulty.KeysWhatIsThere,
+        faulty.LeaksUnkeyed,
     ],
 )
 def test_the_model_notices(pool: type[BlockPool]) -> None:

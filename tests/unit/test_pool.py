@@ -4,6 +4,7 @@ import pytest
 
 from kvbm_core.errors import IllegalTransition
 from kvbm_core.eviction import Lru
+from kvbm_core.eviction.lru import MAX_LOOKS
 from kvbm_core.pool import BlockPool
 from kvbm_core.types import BlockHash, Tier
 
@@ -210,3 +211,57 @@ def test_a_pool_in_use_cannot_be_restored(ready: int) -> None:
         pool.reserve(KEYS[:1])
     with pytest.raises(IllegalTransition, match="can't be restored to host"):
         pool.restore([(KEYS[5], 2)])
+
+
+def test_ids_without_a_key_are_reserved_until_they_are_freed() -> None:
+    pool = pool_of(3)
+    ids, evicted = pool.reserve_unkeyed(2)
+    assert (len(set(ids)), evicted, pool.num_reserved, pool.num_available) == (2, [], 2, 1)
+    pool.free_unkeyed(ids)
+    assert (pool.num_free, pool.num_reserved) == (3, 0)
+
+
+def test_more_ids_than_there_are_is_none_at_all() -> None:
+    pool = pool_of(3, ready=2)
+    pool.pin(KEYS[:1])
+    assert pool.reserve_unkeyed(3) == ([], [])
+    assert (pool.num_free, pool.match(KEYS, 0), pool.num_available) == (1, 2, 2)
+
+
+def test_ids_without_a_key_are_taken_from_the_cache_tail_first() -> None:
+    pool = pool_of(3, ready=3)
+    ids, evicted = pool.reserve_unkeyed(2)
+    assert (len(ids), evicted, pool.match(KEYS, 0)) == (2, [KEYS[2], KEYS[1]], 1)
+
+
+def test_ids_are_found_behind_more_pinned_blocks_than_the_policy_looks_at() -> None:
+    num_pinned = MAX_LOOKS + 10
+    keys = [BlockHash(i.to_bytes(4, "little")) for i in range(num_pinned + 1)]
+    pool = BlockPool(Tier.HOST, len(keys), Lru())
+    pool.reserve(keys[::-1])
+    pool.commit(keys[::-1])
+    pool.pin(keys[:num_pinned])
+    ids, evicted = pool.reserve_unkeyed(1)
+    assert (len(ids), evicted) == (1, [keys[-1]])
+
+
+def test_an_id_that_gets_a_key_matches_and_can_be_evicted() -> None:
+    pool = pool_of(2)
+    ids, _ = pool.reserve_unkeyed(2)
+    pool.commit_unkeyed(list(zip(KEYS, ids, strict=False)))
+    assert pool.pin(KEYS[:2]) == ids
+    pool.unpin(ids)
+    assert pool.reserve_unkeyed(1) == ([ids[1]], [KEYS[1]])
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [[(KEYS[0], 1)], [(KEYS[5], 1), (KEYS[5], 2)], [(KEYS[5], 0)], [(KEYS[5], 1), (KEYS[6], 1)]],
+    ids=["a key that is READY", "a key twice", "an id that is READY", "an id twice"],
+)
+def test_keys_that_are_not_all_new_are_given_to_no_id(entries: list[tuple[BlockHash, int]]) -> None:
+    pool = pool_of(3, ready=1)
+    pool.reserve_unkeyed(2)
+    with pytest.raises(IllegalTransition):
+        pool.commit_unkeyed(entries)
+    assert (pool.num_ready, pool.num_reserved) == (1, 2)
