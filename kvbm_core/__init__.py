@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvbm_core.config import KvbmConfig
@@ -14,11 +15,13 @@ from kvbm_core.pool import BlockPool
 from kvbm_core.types import BlockHash, Tier
 
 if TYPE_CHECKING:
+    from kvbm_core.blocks.manager import BlockManager
     from kvbm_core.kvbm_leader import KvbmLeader
     from kvbm_core.kvbm_worker import KvbmWorker
 
 __all__ = [
     "BlockHash",
+    "BlockManager",
     "BlockPool",
     "CacheNamespace",
     "ConfigError",
@@ -35,13 +38,15 @@ __all__ = [
     "chain_hashes",
 ]
 
-# These bring torch and sockets: loaded when they are first asked for.
-_LAZY = {"KvbmLeader": "kvbm_core.kvbm_leader", "KvbmWorker": "kvbm_core.kvbm_worker"}
+# These bring torch and sockets: imported when they are first asked for.
+_LAZY = {
+    "BlockManager": "kvbm_core.blocks.manager",
+    "KvbmLeader": "kvbm_core.kvbm_leader",
+    "KvbmWorker": "kvbm_core.kvbm_worker",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(import_module(_LAZY[name]), name)

@@ -5,10 +5,12 @@
     ├── LayoutMismatch      tensors do not have the geometry that was declared
     ├── WireError           bytes from another process are not a valid message
     ├── IllegalTransition   misuse: a block or slot was asked for a move it can't make
+    ├── BlocksUnavailable   a program asked the block manager for more blocks than there are
     ├── StorageError        memory or a storage backend could not be opened
     └── ChannelError        leader and workers did not find each other, or refuse each other
 
-Expected outcomes (miss, full, failed transfer) are return values, never errors.
+Expected outcomes (miss, full, failed transfer) are return values, never errors; but a program that
+allocates blocks itself has nothing to go on with.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ class WireError(KvbmError, ValueError):
 
 class IllegalTransition(KvbmError, RuntimeError):
     """A state machine was driven along an edge its table does not have."""
+
+
+class BlocksUnavailable(KvbmError, RuntimeError):
+    """Fewer blocks can be allocated than were asked for; none was."""
 
 
 class StorageError(KvbmError, OSError):

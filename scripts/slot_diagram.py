@@ -1,19 +1,22 @@
-"""Writes the slot diagram of ARCHITECTURE.md from the table in `kvbm_core.slot`."""
+"""Writes the state diagrams of ARCHITECTURE.md from the tables in the code."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from kvbm_core.slot import diagram
+from kvbm_core import slot
+from kvbm_core.blocks import state
 
 DOCUMENT = Path(__file__).parent.parent / "ARCHITECTURE.md"
 
 
 def updated(text: str) -> str:
-    """The document with the diagram as the table has it."""
-    block = f"```mermaid\n{diagram()}\n```"
-    return re.sub(r"```mermaid\n.*?\n```", lambda _: block, text, count=1, flags=re.S)
+    """The document with the diagrams as the tables have them, in the order of the document."""
+    diagrams = iter((slot.diagram(), state.diagram()))
+    return re.sub(
+        r"```mermaid\n.*?\n```", lambda _: f"```mermaid\n{next(diagrams)}\n```", text, flags=re.S
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("torch", "numpy", "zmq", "vllm", "nixl")
 
 
@@ -10,6 +12,13 @@ def test_the_core_imports_without_tensors_sockets_or_engines() -> None:
     code = f"import sys, kvbm_core; sys.exit(str([m for m in {HEAVY} if m in sys.modules]))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stderr.strip() == "[]"
+
+
+def test_a_name_that_is_not_there_is_refused() -> None:
+    import kvbm_core
+
+    with pytest.raises(AttributeError, match="has no attribute 'BlockManger'"):
+        _ = kvbm_core.BlockManger
 
 
 def test_every_public_name_is_there() -> None:
