@@ -221,13 +221,15 @@ class BlockList(Sequence[Block]):
         short of tokens is left PARTIAL, those beyond it RESET.
 
         Raises, before anything is changed, IllegalTransition where there are more tokens than room
-        and OverflowError where one is no u32.
+        or a block is not RESET, and OverflowError where a token is no u32.
         """
         room = len(self) * self._geometry.page_size
         if len(tokens) > room:
             raise IllegalTransition(
                 f"{len(tokens)} tokens for {len(self)} blocks with room for {room}. Allocate more."
             )
+        for lease in self._leases:
+            lease.check(BlockEvent.SEQUENCE_BEGUN)
         tokens, size = array("I", tokens), self._geometry.page_size
         for start, block in zip(range(0, len(tokens), size), self, strict=False):
             block.init_sequence("" if start else salt, parent)
@@ -237,7 +239,7 @@ class BlockList(Sequence[Block]):
             parent = block
 
     def register(self) -> BlockList:
-        """`Block.register` of each; returns those that are found."""
+        """`Block.register` of all or, where one can't be, none; returns those that are found."""
         if not self._leases:
             return self
         return BlockList(self._leases[0].tier.register(self._leases), self._geometry)

@@ -85,7 +85,7 @@ def _serve(jobs: Jobs, open_engine: Callable[[], TransferEngine]) -> None:
     while (job := jobs.get()) is not None:
         try:
             engine = engine or open_engine()
-            _copy(engine, job)
+            _copy(engine, job.op, job.after)  # not the job: an error keeps what it was called with
         except Exception as error:  # noqa: BLE001  boundary: a job's error is its caller's
             job.done.set_exception(error)
         else:
@@ -95,11 +95,11 @@ def _serve(jobs: Jobs, open_engine: Callable[[], TransferEngine]) -> None:
         engine.close()
 
 
-def _copy(engine: TransferEngine, job: _Job) -> None:
-    if job.after is not None:
-        job.after.synchronize()
-    engine.submit(job.op)
-    engine.wait([job.op.op_id])
+def _copy(engine: TransferEngine, op: TransferOp, after: torch.cuda.Event | None) -> None:
+    if after is not None:
+        after.synchronize()
+    engine.submit(op)
+    engine.wait([op.op_id])
     for result in engine.poll():
         if not result.ok:
-            raise StorageError(f"{job.op.route} copy of {len(job.op.src)} blocks: {result.error}")
+            raise StorageError(f"{op.route} copy of {len(op.src)} blocks: {result.error}")

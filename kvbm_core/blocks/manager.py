@@ -62,12 +62,10 @@ class BlockManager:
     ) -> None:
         check_count("worker_id", worker_id, least=0)
         check_count("device_id", device_id, least=0)
-        for option, count in (
-            ("host_num_blocks", host_num_blocks),
-            ("device_num_blocks", device_num_blocks),
-        ):
-            if count is not None:
-                check_count(option, count, least=1)
+        if host_num_blocks is not None:
+            check_count("host_num_blocks", host_num_blocks, least=1)
+        if device_num_blocks is not None:
+            check_count("device_num_blocks", device_num_blocks, least=1)
         self.worker_id = worker_id
         self._geometry = geometry_of(
             num_layer=num_layer,
@@ -205,13 +203,19 @@ class BlockManager:
         return BlockList(self._tier(name).match(sequence), self._geometry)
 
     def _copy_blocking(self, blocks: BlockList, src: Tier, dst: Tier) -> BlockList:
-        copy = _Copy(blocks, self._tier(src), self._tier(dst), self._copies, self._geometry)
-        copy.done.result()
+        copy = _Copy(blocks, self._tier(src), self._tier(dst), self._geometry)
+        assert self._copies is not None, "there are two tiers"
+        done = copy.start(self._copies)
+        try:
+            done.result()
+        finally:
+            del done  # its error holds this frame, and blocks in such a circle would stay
         return copy.finish()
 
     async def _copy(self, blocks: BlockList, src: Tier, dst: Tier) -> BlockList:
-        copy = _Copy(blocks, self._tier(src), self._tier(dst), self._copies, self._geometry)
-        await asyncio.wrap_future(copy.done)
+        copy = _Copy(blocks, self._tier(src), self._tier(dst), self._geometry)
+        assert self._copies is not None, "there are two tiers"
+        await asyncio.wrap_future(copy.start(self._copies))
         return copy.finish()
 
 
@@ -219,39 +223,32 @@ class _Copy:
     """One call's blocks on their way from one tier to another."""
 
     def __init__(
-        self,
-        blocks: BlockList,
-        src: BlockTier,
-        dst: BlockTier,
-        copies: Copies | None,
-        geometry: BlockGeometry,
+        self, blocks: BlockList, src: BlockTier, dst: BlockTier, geometry: BlockGeometry
     ) -> None:
-        assert copies is not None
-        sources = list(blocks.leases)
-        for lease in sources:
+        self._leases = list(blocks.leases)
+        for lease in self._leases:
             _check_source(lease, src)
+        self._src = src
         self._dst = dst
         self._geometry = geometry
-        self._sources = [(lease.state, lease.span) for lease in sources]
-        self._targets = dst.prepare_copies(sources)
-        holds = [lease.hold for lease in (*sources, *self._targets)]
+        self._sources = [(lease.state, lease.span) for lease in self._leases]
+        self._targets = dst.prepare_copies(self._leases)
+
+    def start(self, copies: Copies) -> Future[None]:
+        """Copy the blocks that were not found."""
+        holds = [lease.hold for lease in (*self._leases, *self._targets)]
         moving = [
             (source.block_id, target.block_id)
-            for source, target in zip(sources, self._targets, strict=True)
+            for source, target in zip(self._leases, self._targets, strict=True)
             if target.state is BlockState.RESET
         ]
-        self.done: Future[None] = copies.start(
-            Blocks.of(src.tier, (source for source, _ in moving)),
-            Blocks.of(dst.tier, (target for _, target in moving)),
-            holds,
-        )
+        src = Blocks.of(self._src.tier, (source for source, _ in moving))
+        dst = Blocks.of(self._dst.tier, (target for _, target in moving))
+        return copies.start(src, dst, holds)
 
     def finish(self) -> BlockList:
         """The bytes are there."""
-        pairs = [
-            (target, *source) for target, source in zip(self._targets, self._sources, strict=True)
-        ]
-        return BlockList(self._dst.finish_copies(pairs), self._geometry)
+        return BlockList(self._dst.finish_copies(self._targets, self._sources), self._geometry)
 
 
 def _check_source(lease: Lease, tier: BlockTier) -> None:

@@ -56,33 +56,38 @@ class TokenSpan:
     """One block's part of a sequence."""
 
     def __init__(self, sequence: TokenSequence, index: int) -> None:
-        self._sequence = sequence
+        self.sequence = sequence
         self._index = index
 
     @property
+    def prefix_keys(self) -> Sequence[BlockHash]:
+        """Of the full spans up to this one."""
+        return self.sequence.keys[: self._index + 1]
+
+    @property
     def tokens(self) -> list[int]:
-        return self._sequence.tokens_of(self._index)
+        return self.sequence.tokens_of(self._index)
 
     @property
     def num_missing(self) -> int:
-        return self._sequence.block_size - len(self.tokens)
+        return self.sequence.block_size - len(self.tokens)
 
     @property
     def key(self) -> BlockHash:
         """Raises IllegalTransition where tokens are missing."""
         if missing := self.num_missing:
-            size = self._sequence.block_size
+            size = self.sequence.block_size
             raise IllegalTransition(
                 f"the block has {size - missing} of {size} tokens. Add {missing} before commit."
             )
-        return self._sequence.keys[self._index]
+        return self.sequence.keys[self._index]
 
     def add(self, tokens: Sequence[int]) -> list[int]:
         """Take as many of `tokens` as are missing; returns the others."""
         new, num_missing = array("I", tokens), self.num_missing
-        self._sequence.extend(new[:num_missing])
+        self.sequence.extend(new[:num_missing])
         return new[num_missing:].tolist()
 
     def next(self) -> TokenSpan:
         """The span after this full one."""
-        return self._sequence.span_after(self._index)
+        return self.sequence.span_after(self._index)

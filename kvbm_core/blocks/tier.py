@@ -61,6 +61,11 @@ class Lease:
     def is_released(self) -> bool:
         return self._hold is None
 
+    def check(self, event: BlockEvent) -> None:
+        """Raise IllegalTransition where the block was released or its state has no such edge."""
+        _ = self.hold
+        moved(self.state, event)
+
     def release(self) -> None:
         """Let go; takes no lock. The block is free once no exported tensor holds it either."""
         self.state, self._hold = moved(self.state, BlockEvent.DROPPED), None
@@ -114,10 +119,11 @@ class BlockTier:
 
     def register(self, leases: Sequence[Lease]) -> list[Lease]:
         """COMPLETE → REGISTERED; a block whose key another one has stays COMPLETE, and that other
-        one is returned instead, held for the caller. One after another: those before a block that
-        can't be registered are."""
+        one is returned instead, held for the caller. Registers all or, where one can't be, none."""
         with self._books() as pool:
-            return [self._register(pool, lease) for lease in leases]
+            for lease in leases:
+                lease.check(BlockEvent.REGISTERED)
+            return self._register(pool, leases)
 
     def prepare_copies(self, sources: Sequence[Lease]) -> list[Lease]:
         """For each source the registered block here that has its key, or a new block."""
@@ -127,11 +133,21 @@ class BlockTier:
             return [lease or next(new) for lease in found]
 
     def finish_copies(
-        self, pairs: Sequence[tuple[Lease, BlockState, TokenSpan | None]]
+        self, leases: Sequence[Lease], sources: Sequence[tuple[BlockState, TokenSpan | None]]
     ) -> list[Lease]:
-        """New blocks have the bytes of others: give them those others' state and tokens."""
+        """The new ones of what `prepare_copies` gave have the bytes of their sources: give them the
+        sources' states and tokens. Returns the blocks that are found, as `register`."""
         with self._books() as pool:
-            return [self._finish_copy(pool, *pair) for pair in pairs]
+            done, registered = list(leases), []
+            for index, (lease, (state, span)) in enumerate(zip(leases, sources, strict=True)):
+                if lease.state is BlockState.RESET and span is not None:
+                    lease.state, lease.span = BlockState.COMPLETE, span
+                    if state is BlockState.REGISTERED:
+                        registered.append(index)
+            found = self._register(pool, [leases[index] for index in registered])
+            for index, lease in zip(registered, found, strict=True):
+                done[index] = lease
+            return done
 
     def forget(self) -> None:
         """Every registered block stops matching; those held are freed when they are let go."""
@@ -168,31 +184,28 @@ class BlockTier:
         lease.state, lease.span = BlockState.REGISTERED, span
         return lease
 
-    def _register(self, pool: BlockPool, lease: Lease) -> Lease:
-        target, hold, span = moved(lease.state, BlockEvent.REGISTERED), lease.hold, lease.span
-        assert span is not None
-        if pool.is_ready(span.key):
-            pool.touch([span.key])
-            return self._pinned(pool.pin([span.key])[0], span)
-        pool.commit_unkeyed([(span.key, hold.block_id)])
-        pool.pin([span.key])
-        hold.is_pin = True
-        lease.state = target
-        return lease
+    def _register(self, pool: BlockPool, leases: Sequence[Lease]) -> list[Lease]:
+        holds = [lease.hold for lease in leases]
+        spans = [lease.span for lease in leases if lease.span is not None]
+        keys = [span.key for span in spans]
+        new = {key: hold for key, hold in zip(keys, holds, strict=True) if key not in pool}
+        pool.commit_unkeyed([(key, hold.block_id) for key, hold in new.items()])
+        ids = pool.pin(keys)
+        for span in {span.sequence: span for span in spans}.values():
+            pool.touch(span.prefix_keys)  # what makes a block reachable is evicted after it
+        found = []
+        for lease, hold, block_id, span in zip(leases, holds, ids, spans, strict=True):
+            if block_id == hold.block_id:
+                hold.is_pin = True
+                lease.state = BlockState.REGISTERED
+                found.append(lease)
+            else:
+                found.append(self._pinned(block_id, span))
+        return found
 
     def _registered_like(self, pool: BlockPool, source: Lease) -> Lease | None:
-        if source.state is not BlockState.REGISTERED:
-            return None
         span = source.span
-        if span is None or not pool.is_ready(span.key):
+        if source.state is not BlockState.REGISTERED or span is None or not pool.is_ready(span.key):
             return None
         pool.touch([span.key])
         return self._pinned(pool.pin([span.key])[0], span)
-
-    def _finish_copy(
-        self, pool: BlockPool, lease: Lease, state: BlockState, span: TokenSpan | None
-    ) -> Lease:
-        if lease.state is BlockState.REGISTERED or span is None:
-            return lease
-        lease.state, lease.span = BlockState.COMPLETE, span
-        return self._register(pool, lease) if state is BlockState.REGISTERED else lease
