@@ -157,7 +157,8 @@ class Block(_Exporter):
     def register(self) -> Block:
         """Let others find the block, whose bytes are written. Returns the block that is found: this
         one, or the one that was registered with the same tokens before. Go on with that one, and
-        let this one go."""
+        let this one go. Each call counts a use of all blocks before; for many at once,
+        `BlockList.register` counts one."""
         lease = self._usable()
         return Block(lease.tier.register([lease])[0], self._geometry)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
@@ -74,19 +74,17 @@ class BlockManager:
             inner_dim=inner_dim,
             dtype=dtype,
         )
-        lock, self._tiers = threading.Lock(), dict[Tier, BlockTier]()
+        memories: dict[Tier, BlockMemory] = {}
         if host_num_blocks is not None:
-            memory = open_host(host_num_blocks, self._geometry)
-            self._tiers[Tier.HOST] = _tier(Tier.HOST, memory, lock)
+            memories[Tier.HOST] = open_host(host_num_blocks, self._geometry)
         if device_num_blocks is not None:
-            memory = open_device(device_num_blocks, self._geometry, device_id)
-            self._tiers[Tier.DEVICE] = _tier(Tier.DEVICE, memory, lock)
+            memories[Tier.DEVICE] = open_device(device_num_blocks, self._geometry, device_id)
+        lock = threading.Lock()
+        self._tiers = {name: _tier(name, memory, lock) for name, memory in memories.items()}
         self._copies: Copies | None = None
-        if len(self._tiers) == 2:
-            device = self._tiers[Tier.DEVICE].memory
-            host = self._tiers[Tier.HOST].memory
-            engine = partial(_open_engine, self._geometry, device, host)
-            self._copies = Copies(engine, device.device)
+        if len(memories) == 2:
+            open_engine = partial(_open_engine, self._geometry, memories)
+            self._copies = Copies(open_engine, memories[Tier.DEVICE].device)
             # The thread holds the memory; told to end, it lets go of it.
             weakref.finalize(self, self._copies.jobs.put, None).atexit = False
 
@@ -266,10 +264,10 @@ def _tier(name: Tier, memory: BlockMemory, lock: threading.Lock) -> BlockTier:
     return BlockTier(BlockPool(name, len(memory.tensor), Lru()), memory, lock)
 
 
-def _open_engine(geometry: BlockGeometry, device: BlockMemory, host: BlockMemory) -> TransferEngine:
+def _open_engine(geometry: BlockGeometry, memories: Mapping[Tier, BlockMemory]) -> TransferEngine:
     """Of the device's kind, with the default settings."""
+    device, host = memories[Tier.DEVICE], memories[Tier.HOST]
+    make = ENGINES[device.device.type]
     layout = geometry.layout(len(device.tensor))
-    make: TransferEngine = ENGINES[device.device.type](
-        KvbmConfig(), layout, [device.tensor.view(-1)], host.tensor
-    )
-    return make
+    engine: TransferEngine = make(KvbmConfig(), layout, [device.tensor.view(-1)], host.tensor)
+    return engine

@@ -219,7 +219,7 @@ def test_two_continuations_of_one_block_are_both_found() -> None:
 
 def test_filling_a_list_leaves_a_short_block_partial_and_the_others_reset() -> None:
     blocks = manager_of().allocate_host_blocks_blocking(4)
-    blocks.fill(range(10))  # type: ignore[arg-type]
+    blocks.fill(range(10))
     assert [block.state for block in blocks] == [
         BlockState.COMPLETE,
         BlockState.COMPLETE,
