@@ -83,14 +83,18 @@ class Copies:
 def _serve(jobs: Jobs, open_engine: Callable[[], TransferEngine]) -> None:
     engine: TransferEngine | None = None
     while (job := jobs.get()) is not None:
+        done, failure = job.done, None
         try:
             engine = engine or open_engine()
             _copy(engine, job.op, job.after)  # not the job: an error keeps what it was called with
         except Exception as error:  # noqa: BLE001  boundary: a job's error is its caller's
-            job.done.set_exception(error)
+            failure = error
+        del job  # and with it its holds, before the caller goes on
+        if failure is None:
+            done.set_result(None)
         else:
-            job.done.set_result(None)
-        del job  # and with it its holds, while this waits for the next one
+            done.set_exception(failure)
+        del done, failure
     if engine is not None:
         engine.close()
 

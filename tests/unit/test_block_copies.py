@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Collection
 from typing import Any
 
@@ -15,7 +16,7 @@ from kvbm_core.blocks.block import BlockList
 from kvbm_core.blocks.state import BlockState
 from kvbm_core.build import cpu_engine
 from kvbm_core.errors import BlocksUnavailable, IllegalTransition, StorageError
-from kvbm_core.types import OpId
+from kvbm_core.types import Blocks, OpId, Tier
 from tests.unit.blocks import manager_of, numbers, registered, write
 
 TOKENS = list(range(12))
@@ -170,6 +171,26 @@ def test_a_cancelled_copy_keeps_its_blocks_until_the_bytes_have_moved(
     gate.is_open.set()
     manager.offload_blocking(device_blocks(manager, 1)).release()  # one after another: it is over
     assert (manager.num_available_host_blocks, manager.num_available_device_blocks) == (4, 4)
+
+
+def test_a_copy_lets_its_blocks_go_before_its_caller_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate(monkeypatch)
+    manager = manager_of()
+    assert manager._copies is not None
+    none_left: list[bool] = []
+    held = threading.Event()  # anything that can be watched
+    there = weakref.ref(held)
+    empty = Blocks.of(Tier.DEVICE, []), Blocks.of(Tier.HOST, [])
+    done = manager._copies.start(*empty, [held])
+    del held
+    assert there() is not None
+    done.add_done_callback(lambda _: none_left.append(there() is None))
+    gate.is_open.set()
+    done.result(timeout=30)
+    manager.close()
+    assert none_left == [True]
 
 
 def test_a_copy_that_fails_raises_and_gives_its_blocks_back(
