@@ -220,7 +220,8 @@ def _cluster_name(source: str, raw: Any) -> str:
 def _choice(*choices: str) -> Callable[[str, Any], str]:
     def parse(source: str, raw: Any) -> str:
         if raw not in choices:
-            raise ConfigError(source, raw, "unknown choice", f"Give one of {', '.join(choices)}.")
+            remedy = f"Give {', '.join(choices[:-1])} or {choices[-1]}."
+            raise ConfigError(source, raw, "unknown choice", remedy)
         return str(raw)
 
     return parse
