@@ -42,7 +42,7 @@ class DiskTier:
     """What a leader needs for a disk tier.
 
     window_blocks: in one op, and in all writes in flight. new_generation: GENERATION_BYTES of
-    randomness. can_wait: the engine takes "not yet" for an answer.
+    randomness. can_wait: the engine takes "not yet" for an answer; else blocks come up at start.
     """
 
     pool: BlockPool
@@ -75,6 +75,9 @@ class Cascade:
         self._queue: OrderedDict[BlockHash, None] = OrderedDict()
         self._asked: dict[RequestId, tuple[Slot, int]] = {}
         self._promoting: dict[BlockHash, OpId] = {}
+        self._left_by_earlier: list[
+            BlockHash
+        ] = []  # to be brought back unasked, the last one first
         self._flights: dict[OpId, float] = {}
         self._num_writing_blocks = 0
         self._num_failures = 0
@@ -186,6 +189,8 @@ class Cascade:
             self.begin_anew(persists=persists)
         else:
             self.disk.restore(blocks)
+            if not self._tier.can_wait:
+                self._left_by_earlier = [key for key, _ in blocks]
 
     def begin_anew(self, *, persists: bool) -> None:
         """Void what the ranks' files hold. persists: a later process may use what comes now."""
@@ -204,6 +209,7 @@ class Cascade:
         """
         self.begin_anew(persists=False)
         self._queue.clear()
+        self._left_by_earlier.clear()
         self._counters.num_dropped_blocks += self.disk.drop(self.disk.ready_keys())
         for slot, _ in list(self._asked.values()):
             self.forget(slot)
@@ -214,13 +220,15 @@ class Cascade:
         self._promoting.clear()
 
     def take_ops(self) -> list[TransferOp]:
-        """Promotions that were asked for, then writes of admitted blocks."""
+        """Promotions, then writes of admitted blocks."""
         ops: list[TransferOp] = []
         if self._is_retired:
             return ops
         for slot, block in self._asked.values():
             ops += self._promote(slot, block)
         self._asked.clear()
+        if self._left_by_earlier:
+            ops += self._warm_up()
         return ops + self._write()
 
     def end(self, record: OpRecord) -> None:
@@ -312,15 +320,36 @@ class Cascade:
         for start in range(0, len(host_ids), size):
             targets = host_ids[start : start + size]
             keys = wanted[start : start + len(targets)]
-            sources = self.disk.pin(keys)
-            op = self._ledger.open(_UP, keys, sources, targets, (slot.request_id,))
-            self._promoting.update(dict.fromkeys(keys, op.op_id))
-            self._flights[op.op_id] = self._now_seconds
-            ops.append(op)
+            ops.append(self._bring(keys, targets, (slot.request_id,)))
         self.disk.touch(wanted[: len(host_ids)])
         slot.promotion.op_ids = {self._promoting[key] for key in shared} | {op.op_id for op in ops}
         slot.promotion.deadline_seconds = deadline
         return ops
+
+    def _bring(
+        self,
+        keys: Sequence[BlockHash],
+        host_ids: Sequence[BlockId],
+        request_ids: tuple[RequestId, ...] = (),
+    ) -> TransferOp:
+        op = self._ledger.open(_UP, keys, self.disk.pin(keys), host_ids, request_ids)
+        self._promoting.update(dict.fromkeys(keys, op.op_id))
+        self._flights[op.op_id] = self._now_seconds
+        return op
+
+    def _warm_up(self) -> list[TransferOp]:
+        """Bring back what an earlier process left, as far as host is empty, for an engine that can
+        not wait for it later."""
+        host, left = self._host, self._left_by_earlier
+        keys: list[BlockHash] = []
+        room = min(self._tier.window_blocks - len(self._promoting), host.num_free)
+        while left and self._can_write and len(keys) < room:
+            key = left.pop()
+            if self.disk.is_ready(key) and key not in host:
+                keys.append(key)
+        if not host.num_free:
+            left.clear()
+        return [self._bring(keys, host.reserve(keys)[0])] if keys else []
 
     def _reach(self, slot: Slot, block: int) -> tuple[list[BlockHash], list[BlockHash], int]:
         """Keys to bring from disk for the longest prefix, those that come for others, its end."""

@@ -346,7 +346,9 @@ def test_a_preempted_request_may_bring_blocks_up_again() -> None:
 
 
 def test_an_engine_that_cannot_wait_is_never_told_to_and_nothing_comes_up_for_it() -> None:
-    leader = leader_of(disk=KEYS[:2], can_wait=False)
+    leader = leader_of(can_wait=False)
+    below(leader).disk.reserve(KEYS[:2])
+    below(leader).disk.commit(KEYS[:2])
     begin(leader)
     assert leader.match("a", 0) == 0
     assert plan(leader) == ()
@@ -357,3 +359,37 @@ def test_a_request_asks_for_its_blocks_once() -> None:
     begin(leader)
     assert [leader.match("a", 0) for _ in range(2)] == [None, None]
     assert [len(plan(leader)) for _ in range(3)] == [1, 0, 0]
+
+
+# An engine that can't wait
+
+
+def test_an_engine_that_cannot_wait_gets_back_at_start_what_host_has_room_for() -> None:
+    leader = leader_of(disk=KEYS[:6], num_host_blocks=4, window_blocks=3, can_wait=False)
+    brought = []
+    while ops := plan(leader):
+        (op,) = ops
+        assert plan(leader) == (), "no more than a window at a time"
+        brought.append(op.keys)
+        answer(leader, op)
+    assert brought == [b"".join(KEYS[:3]), KEYS[3]], "used last, first brought"
+    assert leader.pool.match(KEYS, 0) == 4
+    assert is_at_rest(leader)
+
+
+def test_an_engine_that_can_wait_gets_nothing_unasked() -> None:
+    assert plan(leader_of(disk=KEYS[:4])) == ()
+
+
+def test_what_comes_back_at_start_drives_nothing_out_and_ends_with_a_reset() -> None:
+    leader = leader_of(host=OTHERS[:2], disk=KEYS[:6], num_host_blocks=4, can_wait=False)
+    (op,) = plan(leader)
+    assert op.keys == b"".join(KEYS[:2])
+    answer(leader, op)
+    assert leader.pool.match(OTHERS, 0) == 2
+    leader = leader_of(disk=KEYS[:6], window_blocks=2, can_wait=False)
+    (op,) = plan(leader)
+    leader.reset()
+    answer(leader, op)
+    assert plan(leader) == ()
+    assert is_at_rest(leader)
