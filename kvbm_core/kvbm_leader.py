@@ -247,7 +247,7 @@ class KvbmLeader:
         reasons = "".join(f"; rank {rank}: {why}" for rank, why in sorted(self._refusals.items()))
         return (
             f"ranks {self.missing_ranks} of {self._num_ranks} have not joined the leader at "
-            f"{self.address.endpoint} within {timeout_seconds:.0f} s{reasons}. Look at their logs "
+            f"{self.address.endpoint} within {timeout_seconds:g} s{reasons}. Look at their logs "
             "and whether they reach that address; where loading takes longer, raise "
             "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS"
         )

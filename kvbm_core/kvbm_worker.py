@@ -161,7 +161,7 @@ class KvbmWorker:
             if now_seconds >= began_seconds + timeout_seconds:
                 raise ChannelError(
                     f"rank {self._rank} was not taken in by the leader within "
-                    f"{timeout_seconds:.0f} s, which was "
+                    f"{timeout_seconds:g} s, which was "
                     f"{'heard' if self.is_leader_alive else 'never heard'}: check that it runs and "
                     "that this machine reaches it"
                 )

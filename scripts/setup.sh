@@ -80,15 +80,21 @@ find_python() {
     return 1
 }
 
+as_root() {
+    if ((EUID == 0)); then
+        "$@"
+    else
+        sudo -n "$@"
+    fi
+}
+
 # Install the given Debian packages; false when that is impossible here.
 apt_install() {
-    local as_root=()
-    ((EUID == 0)) || as_root=(sudo -n)
     command -v apt-get >/dev/null || return 1
     ((EUID == 0)) || command -v sudo >/dev/null || return 1
     {
-        "${as_root[@]}" apt-get update &&
-            "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y "$@"
+        as_root apt-get update &&
+            as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y "$@"
     } >"$scratch/apt.log" 2>&1 && return
     tail -n 5 "$scratch/apt.log" >&2
     return 1
@@ -112,6 +118,18 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || wa
         say "warning: could not install ${wanted[*]}; going on without (try: apt-get install ${wanted[*]})"
 }
 
+# The tests of discovery start an etcd of their own; the package's service is not wanted.
+install_etcd() {
+    command -v etcd >/dev/null && return
+    say "installing the system package etcd-server"
+    if ! apt_install etcd-server; then
+        say "warning: could not install etcd-server; the tests that need it are skipped"
+    elif command -v systemctl >/dev/null; then
+        as_root systemctl disable --now etcd >/dev/null 2>&1 || true
+    fi
+}
+
+install_etcd
 if [[ -x $py ]]; then
     install_system_packages "$py"
 else

@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import zmq
-
 from kvbm_core.channel import sockets
 from kvbm_core.channel.leader_protocol import LeaderEvent, LeaderProtocol, Terms
 from kvbm_core.channel.loop import Loop
 from kvbm_core.channel.messages import LeaderAddress, check_payload, decode, encode
+from kvbm_core.channel.sockets import zmq
 from kvbm_core.channel.timing import Timing
 from kvbm_core.errors import WireError
 

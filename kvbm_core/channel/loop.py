@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
-import zmq
+from kvbm_core.channel.sockets import zmq
 
 logger = logging.getLogger(__name__)
 

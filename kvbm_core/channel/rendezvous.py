@@ -6,14 +6,16 @@ Does not live here: discovery by etcd (see `kvbm_core.registry`).
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Protocol
 
-import zmq
-
 from kvbm_core.channel import sockets
 from kvbm_core.channel.messages import Beat, LeaderAddress, decode
+from kvbm_core.channel.sockets import zmq
 from kvbm_core.errors import ChannelError, WireError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BEAT_PORT = 56001
 DEFAULT_PORT = 56002
@@ -26,9 +28,11 @@ class Rendezvous(Protocol):
     beat_port, port: the ports to listen on; 0: any free one.
     """
 
-    host: str | None
     beat_port: int
     port: int
+
+    @property
+    def host(self) -> str | None: ...
 
     def announce(self, address: LeaderAddress) -> None:
         """Make the leader known, and keep it known. Raises ChannelError, ConfigError."""
@@ -88,7 +92,13 @@ class FixedRendezvous:
         assert self.host is not None
         host = "localhost" if self.host in sockets.ANY_HOST else self.host
         endpoint = sockets.tcp_endpoint(host, self.beat_port)
-        beat = _await_beat(endpoint, timeout_seconds)
+        beat = await_beat(endpoint, timeout_seconds)
+        if beat is None:
+            raise ChannelError(
+                f"no leader speaks at {endpoint} within {timeout_seconds:g} s: check that it "
+                "runs, as the same kvbm-connectors release, and that DYN_KVBM_LEADER_ZMQ_HOST and "
+                "_PUB_PORT name it on every rank"
+            )
         if beat.identity != self._identity:
             raise ChannelError(
                 f"the leader at {endpoint} serves {beat.identity!r}, this worker "
@@ -102,9 +112,9 @@ class FixedRendezvous:
         pass
 
 
-def _await_beat(endpoint: str, timeout_seconds: float) -> Beat:
+def await_beat(endpoint: str, timeout_seconds: float, session: str = "") -> Beat | None:
+    """The next beat of a leader, or of the one with that session; None where none comes."""
     deadline_seconds = time.monotonic() + timeout_seconds
-    problem = "nobody has spoken there"
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         sub = sockets.new_socket(context, zmq.SUB)
@@ -116,13 +126,10 @@ def _await_beat(endpoint: str, timeout_seconds: float) -> Beat:
             try:
                 message = decode(b"".join(sub.recv_multipart()))
             except WireError as error:
-                problem = f"what speaks there is not understood: {error}"
+                logger.warning("kvbm: %s speaks, and is not understood: %s", endpoint, error)
                 continue
-            if isinstance(message, Beat):
+            if isinstance(message, Beat) and session in ("", message.session):
                 return message
-        raise ChannelError(
-            f"no leader at {endpoint} within {timeout_seconds:.0f} s ({problem}): check that the "
-            "leader runs, and that DYN_KVBM_LEADER_ZMQ_HOST and _PUB_PORT name it on every rank"
-        )
+        return None
     finally:
         context.destroy(linger=0)

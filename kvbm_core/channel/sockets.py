@@ -13,7 +13,7 @@ from kvbm_core.errors import ChannelError, ConfigError
 from kvbm_core.wire import MAX_MESSAGE_BYTES
 
 try:
-    import zmq
+    import zmq as zmq  # for the other modules of the channel too
 except ImportError as error:
     raise ChannelError(
         "the channel between leader and workers needs pyzmq: pip install 'kvbm-connectors[zmq]'"

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import zmq
-
 from kvbm_core.channel import sockets
 from kvbm_core.channel.loop import Loop
 from kvbm_core.channel.messages import Hello, LeaderAddress, check_payload, decode, encode
+from kvbm_core.channel.sockets import zmq
 from kvbm_core.channel.timing import Timing
 from kvbm_core.channel.worker_protocol import WorkerEvent, WorkerProtocol
 from kvbm_core.errors import WireError

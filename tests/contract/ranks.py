@@ -105,13 +105,27 @@ def run_request(kvbm: KvbmLeader, ranks: Sequence[Rank] = ()) -> int:
 
 
 def serve_for_ever(rank: int, num_ranks: int, address: str) -> None:
-    """A rank's process."""
+    """A rank's process. Without an address it looks for the leader as the environment says."""
     torch.set_num_threads(1)
-    own = Rank(rank, num_ranks, address=LeaderAddress.decode(address)).open()
+    known = LeaderAddress.decode(address) if address else None
+    own = Rank(rank, num_ranks, address=known).open()
     while True:
         own.serve()
         time.sleep(0.002)
 
 
+def lead(num_ranks: int) -> None:
+    """A leader's process: two requests with one prompt; prints the tokens found for each."""
+    kvbm = leader_of(num_ranks)
+    kvbm.open()
+    kvbm.wait(DEADLINE_SECONDS)
+    found = [run_request(kvbm), run_request(kvbm)]
+    sys.stdout.write(f"{kvbm.address.endpoint} {found}")
+    kvbm.close()
+
+
 if __name__ == "__main__":
-    serve_for_ever(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    if sys.argv[1] == "leader":
+        lead(int(sys.argv[2]))
+    else:
+        serve_for_ever(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -263,7 +263,7 @@ def test_a_worker_without_a_leader_says_so(opened: Opened, tmp_path: Path) -> No
         leader_zmq_pub_port=free_port(),
         leader_worker_init_timeout_secs=0.2,
     )
-    with pytest.raises(ChannelError, match="no leader at tcp"):
+    with pytest.raises(ChannelError, match="no leader speaks at tcp"):
         Rank(0, 1, config=config).open()
 
 

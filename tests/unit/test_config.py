@@ -56,6 +56,45 @@ def test_words_for_false(value: Any) -> None:
     assert load(offload_generated_blocks=value).offload_generated_blocks is False
 
 
+@pytest.mark.parametrize("option", ["leader_zmq_pub_port", "leader_zmq_ack_port"])
+@pytest.mark.parametrize("value", [-1, 65_536, "1.5", "http", None])
+def test_a_port_that_is_none_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=option):
+        load(**{option: value})
+
+
+def test_what_kvbm_users_say_of_the_leader_is_read() -> None:
+    config = load(
+        {
+            "DYN_KVBM_LEADER_ZMQ_HOST": "10.0.0.1",
+            "DYN_KVBM_LEADER_ZMQ_PUB_PORT": "56001",
+            "DYN_KVBM_LEADER_ZMQ_ACK_PORT": "0",
+            "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": "120",
+            "DYN_KVBM_CLUSTER_NAME": "blue",
+        }
+    )
+    assert (config.leader_zmq_host, config.leader_zmq_pub_port) == ("10.0.0.1", 56001)
+    assert (config.leader_zmq_ack_port, config.leader_worker_init_timeout_secs) == (0, 120.0)
+    assert (config.cluster_name, config.ignored) == ("blue", ())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("leader_zmq_host", "tcp://a"),
+        ("leader_zmq_host", "a b"),
+        ("leader_zmq_host", 3),
+        ("leader_worker_init_timeout_secs", 0),
+        ("leader_worker_init_timeout_secs", "soon"),
+        ("cluster_name", "a/b"),
+        ("cluster_name", " "),
+    ],
+)
+def test_what_no_leader_can_be_found_by_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=option):
+        load(**{option: value})
+
+
 @pytest.mark.parametrize("value", ["maybe", 2, None])
 def test_a_boolean_that_is_none_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="not a boolean"):
