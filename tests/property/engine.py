@@ -77,6 +77,7 @@ class Engine(Process):
         self.ranks[index] = new
         self.leader.lose_rank(index)
         self.lost.add(index)
+        self.abandoned |= {op_id for op_id, mirror in self.ops.items() if index in mirror.owed}
         for mirror in list(self.ops.values()):
             mirror.fail(())
             self._answered(mirror, index)
@@ -97,6 +98,7 @@ class Engine(Process):
         for nothing in (self.requests, self.held, self.ops):
             nothing.clear()
         self.lost.clear()
+        self.abandoned.clear()
         self.start()
 
     # A step

@@ -32,6 +32,7 @@ class Process:
         self.now_seconds = self.planned_seconds = 0.0
         self.num_lost = 0
         self.lost: set[int] = set()
+        self.abandoned: set[OpId] = set()
         self.num_resets = 0
         self.num_restarts = 0
         self.num_loaded_blocks = 0
