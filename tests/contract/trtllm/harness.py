@@ -5,6 +5,7 @@ Also `run_without_connector`, whose tokens are what every run with a connector m
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import threading
@@ -31,6 +32,7 @@ _SHAPE = (
     "kv_heads",
     "head_dim",
     "tokens_per_block",
+    "dtype",
 )
 
 Waves = Sequence[Request] | Sequence[Sequence[Request]]
@@ -121,10 +123,19 @@ def run_without_connector(requests: Waves, flavour: str = "1.3", **options: Any)
     return run(None, requests, flavour, **options)
 
 
-def expected_tokens(requests: Waves, *, num_ranks: int = 1, **shape: Any) -> dict[int, Any]:
+def expected_tokens(
+    requests: Waves, *, num_ranks: int = 1, **shape: Any
+) -> dict[int, tuple[int, ...]]:
     """What each request gives when it is alone on a cold device and nobody cancels it."""
     single = [replace(r, cancel=None, arrival=0) for wave in _waves(requests) for r in wave]
-    return run_without_connector([[r] for r in single], num_ranks=num_ranks, **shape).tokens
+    return _alone(tuple(single), (("num_ranks", num_ranks), *sorted(shape.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _alone(
+    requests: tuple[Request, ...], shape: tuple[tuple[str, Any], ...]
+) -> dict[int, tuple[int, ...]]:
+    return run_without_connector([[r] for r in requests], **dict(shape)).tokens
 
 
 def check_tokens(outcome: Outcome, requests: Waves, **options: Any) -> None:

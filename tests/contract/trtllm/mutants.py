@@ -5,6 +5,7 @@ Those that act late do so by count of calls, not by time: a fault shows in every
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -346,3 +347,21 @@ class NeedsThePoolInTheCallable(Worker):
 
     def register_forward_pass_callable(self) -> Callable[[], Any]:
         return lambda: self._pool.data_ptr()  # type: ignore[union-attr]
+
+
+class NeverComesBack(Worker):
+    def wait_for_save(self, stream: Any) -> None:
+        threading.Event().wait()
+
+
+# Those that refuse the engine
+
+
+class RefusesTheArguments(Leader):
+    def __init__(self, llm_args: Any) -> None:
+        raise PermissionError("refused")
+
+
+class RefusesThePool(Worker):
+    def register_kv_caches(self, kv_cache_tensor: Any) -> None:
+        raise PermissionError("refused")
