@@ -2,8 +2,8 @@
 
 Runs on the executor's event-loop thread; matching even under the engine's own lock. Invariant: no
 hook raises and none waits; once a hook that changes the leader has raised, the cache is off until
-restart. A load that the engine was promised reaches the workers: while one is queued, nothing that
-could cancel it is taken in.
+restart. A load that the engine was promised reaches the workers: from its match to its plan,
+nothing that could cancel it is taken in.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class LeaderSide:
         self._loads_async = loads_async
         self._is_chunked = is_chunked
         self._followed: dict[RequestId, Followed] = {}
+        self._promised: set[RequestId] = set()  # loads offered, allocated or not, until the plan
         self._queued_loads: list[RequestId] = []
         self._stranded: list[RequestId] = []
         self._summary: SummaryLog | None = None
@@ -92,6 +93,8 @@ class LeaderSide:
         # The engine wants to compute at least one token itself.
         room = max(0, followed.prompt_len - 1 - num_device_tokens) // block_size * block_size
         followed.num_offered = min(found or 0, room)
+        if followed.num_offered:
+            self._promised.add(request_id)
         return followed.num_offered, bool(followed.num_offered) and self._loads_async
 
     def _strand(self, request: Any, _: Sequence[BlockId]) -> None:
@@ -128,6 +131,7 @@ class LeaderSide:
         plan = self._plan(output) if self._is_serving else StepPlan()
         metadata = StepMetadata(encode(plan) if plan else b"", self._take_stranded())
         self._queued_loads.clear()
+        self._promised.clear()
         self.poll()
         return metadata
 
@@ -171,13 +175,14 @@ class LeaderSide:
 
     def _forget(self, request_id: RequestId) -> None:
         """No block is offloaded at this point: no plan could be sent to an engine that rests."""
+        self._promised.discard(request_id)
         if self._followed.pop(request_id, None) is not None and self._is_serving:
             self.leader.finish(request_id, 0, ())
 
     @guarded(_switch_off)
     def poll(self) -> None:
         """Take in what the workers have said. Never waits."""
-        if self._is_off or self._queued_loads:
+        if self._is_off or self._promised:
             return
         self._kvbm.poll()
         if self._summary is not None:
