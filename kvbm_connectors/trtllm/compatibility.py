@@ -57,6 +57,9 @@ def _findings(llm_args: Any) -> Iterator[_Finding]:
     size = getattr(cache, "host_cache_size", None)
     problem = "the engine would move blocks to host by itself, unseen by the connector"
     yield "kv_cache_config.host_cache_size", size, bool(size), problem, "Leave it unset."
+    is_v2 = getattr(cache, "use_kv_cache_manager_v2", False) is True
+    problem = "its pools and block ids are other ones, which this release has not been tried with"
+    yield "kv_cache_config.use_kv_cache_manager_v2", is_v2, is_v2, problem, "Set it to false."
     windows = getattr(cache, "max_attention_window", None)
     problem = "the engine drops blocks that left the window while a request runs"
     yield "kv_cache_config.max_attention_window", windows, bool(windows), problem, "Leave it unset."

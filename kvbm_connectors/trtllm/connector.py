@@ -40,7 +40,7 @@ class DynamoKVBMConnectorLeader(KvCacheConnectorScheduler):
         self._side: LeaderSide | None = None
         try:
             self._side, meeting = _open_leader(config, llm_args)
-        except KvbmError as error:
+        except (KvbmError, OSError) as error:
             # Every rank must hear of it, not only this one: see `register_kv_caches`.
             meeting = Meeting(problem=f"rank 0 has no leader: {error}")
         _meetings[id(llm_args)] = meeting
