@@ -17,7 +17,10 @@ from benchmarks import machine
 from benchmarks.admission import TRACE_VARIABLE
 from benchmarks.report import Result, Skipped
 
-BENCHMARKS = ("copies", "disk", "leader", "admission", "ttft", "ttft_disk", "throughput")
+BENCHMARKS = (
+    *("copies", "disk", "leader", "leader_trtllm"),
+    *("admission", "ttft", "ttft_disk", "throughput"),
+)
 """Modules of this package, each with ``run(*, quick: bool, scratch: Path) -> Result``."""
 
 

@@ -11,50 +11,57 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvbm_connectors.trtllm import translate
-from kvbm_core.types import BlockId
+from kvbm_core.types import BlockId, RequestId
 
 
 @dataclass
 class Followed:
     """A request that was matched.
 
-    request: the engine's own, asked later whether it is over. tokens: known ones; its keys are over
-    this list. num_offered: answered by the last match, until blocks are allocated. num_loading: to
-    be loaded by the coming forward itself, which the engine's first computed position excludes.
+    name: the leader's for it. request: the engine's own, asked later whether it is over. is_chunked:
+    prompts may be computed in parts. tokens: known ones; its keys are over this list. num_offered: answered by the last match, until blocks
+    are allocated. num_loading: to be loaded by the coming forward itself, which the engine's first
+    computed position excludes; num_loaded: of the RequestData taken last.
     """
 
+    name: RequestId
     request: Any
     prompt_len: int
+    is_chunked: bool
     tokens: list[int]
     block_ids: list[BlockId] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
     num_offered: int = 0
     num_loading: int = 0
+    num_loaded: int = 0
 
-    def take(
-        self, data: Any, *, is_new: bool, block_size: int, is_chunked: bool
-    ) -> tuple[int, Sequence[BlockId]]:
-        """Learn from a RequestData: tokens whose KV exists after the coming forward, and the blocks
-        that it writes for the first time. is_chunked: prompts may be computed in parts."""
-        if is_new:
-            self.tokens[:] = data.new_tokens
-            self.block_ids, self.priorities[:] = [], []
-        else:
-            self.tokens += data.new_tokens
-        num_known_blocks = len(self.block_ids)
-        self.block_ids += data.new_block_ids
-        self.priorities += translate.priorities_of(data)
-        computed = data.computed_position + (self.num_loading if is_new else 0)
-        self.num_loading = 0
-        end = computed + self._num_scheduled(data, computed, is_chunked)
-        first = max(computed // block_size, num_known_blocks)
-        # What was drafted, and what overlap has not told yet, is not known to be right.
-        return min(end, len(self.tokens)), self.block_ids[first:]
+    def begin(self, data: Any, block_size: int) -> Sequence[BlockId]:
+        """Take a RequestData that tells all of the request. Blocks that the coming forward writes
+        for the first time."""
+        self.tokens[:] = data.new_tokens
+        self.block_ids, self.priorities[:] = [*data.new_block_ids], translate.priorities_of(data)
+        self.num_loaded, self.num_loading = self.num_loading, 0
+        return self.block_ids[(data.computed_position + self.num_loaded) // block_size :]
 
-    def _num_scheduled(self, data: Any, computed: int, is_chunked: bool) -> int:
-        count = translate.num_scheduled_tokens(data)
-        if count is not None:
-            return count
-        if computed >= self.prompt_len:
-            return 1
-        return 0 if is_chunked else self.prompt_len - computed
+    def go_on(self, data: Any) -> Sequence[BlockId]:
+        """As `begin`, of a RequestData that tells what is new."""
+        self.num_loaded = 0
+        self.tokens += data.new_tokens
+        if data.new_block_ids:
+            self.block_ids += data.new_block_ids
+            self.priorities += translate.priorities_of(data)
+        return data.new_block_ids
+
+    def num_written(self, data: Any) -> int:
+        """Tokens whose KV exists after the coming forward, of the RequestData taken last.
+
+        What was drafted, and what overlap has not told yet, is not known to be right.
+        """
+        computed = data.computed_position + self.num_loaded
+        count = getattr(data, "num_scheduled_tokens", None)
+        if count is None:  # before 1.2.0rc2
+            count = 1
+            if computed < self.prompt_len:
+                count = 0 if self.is_chunked else self.prompt_len - computed
+        end, num_known = computed + count, len(self.tokens)
+        return end if end < num_known else num_known

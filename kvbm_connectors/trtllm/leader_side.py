@@ -43,7 +43,7 @@ class LeaderSide:
         self._namespace = namespace
         self._loads_async = loads_async
         self._is_chunked = is_chunked
-        self._followed: dict[RequestId, Followed] = {}
+        self._followed: dict[int, Followed] = {}
         self._promised: set[RequestId] = set()  # loads offered, allocated or not, until the plan
         self._queued_loads: list[RequestId] = []
         self._stranded: list[RequestId] = []
@@ -76,9 +76,9 @@ class LeaderSide:
 
     def _no_match(self, request: Any, _: int) -> tuple[int, bool]:
         """A request whose keys can't be computed costs only itself."""
-        followed = self._followed.pop(translate.request_id_of(request), None)
+        followed = self._followed.pop(request.request_id, None)
         if followed is not None and self._is_serving:
-            self.leader.ignore(translate.request_id_of(request))
+            self.leader.ignore(followed.name)
         return 0, False
 
     @guarded(_no_match)
@@ -86,38 +86,37 @@ class LeaderSide:
         self.poll()
         if not self._is_serving or request.is_dummy_request:
             return 0, False
-        request_id, block_size = translate.request_id_of(request), self._namespace.block_size
-        followed = self._follow(request_id, request)
+        block_size = self._namespace.block_size
+        followed = self._follow(request)
         is_aligned = num_device_tokens % block_size == 0
-        found = self.leader.match(request_id, num_device_tokens, may_read=is_aligned)
+        found = self.leader.match(followed.name, num_device_tokens, may_read=is_aligned)
         # The engine wants to compute at least one token itself.
         room = max(0, followed.prompt_len - 1 - num_device_tokens) // block_size * block_size
         followed.num_offered = min(found or 0, room)
         if followed.num_offered:
-            self._promised.add(request_id)
+            self._promised.add(followed.name)
         return followed.num_offered, bool(followed.num_offered) and self._loads_async
 
     def _strand(self, request: Any, _: Sequence[BlockId]) -> None:
         """The engine now counts on a load that will not start, and can't be told."""
         self._switch_off()
-        request_id = translate.request_id_of(request)
-        if request_id in self._followed and self._followed[request_id].num_offered:
-            self._stranded.append(request_id)
+        followed = self._followed.get(request.request_id)
+        if followed is not None and followed.num_offered:
+            self._stranded.append(followed.name)
 
     @guarded(_strand)
     def allocated(self, request: Any, device_ids: Sequence[BlockId]) -> None:
-        request_id = translate.request_id_of(request)
-        followed = self._followed.get(request_id)
+        followed = self._followed.get(request.request_id)
         if followed is None:
             return
         if not self._is_serving:
             self._strand(request, device_ids)
             return
         num_tokens = followed.num_offered
-        self.leader.allocated(request_id, num_tokens, device_ids)
+        self.leader.allocated(followed.name, num_tokens, device_ids)
         followed.num_offered = 0
         if num_tokens:
-            self._queued_loads.append(request_id)
+            self._queued_loads.append(followed.name)
             followed.num_loading = 0 if self._loads_async else num_tokens
 
     def _metadata_without_plan(self, _: Any) -> StepMetadata:
@@ -137,32 +136,32 @@ class LeaderSide:
 
     def _plan(self, output: Any) -> StepPlan:
         progress: list[tuple[RequestId, int]] = []
-        reissued: list[BlockId] = []
-        scheduled = [(data, True) for data in output.new_requests]
-        scheduled += [(data, False) for data in output.cached_requests]
-        for data, is_new in scheduled:
-            request_id = translate.request_id_of(data)
-            followed = self._followed.get(request_id)
-            if followed is None:
-                continue
-            num_tokens, written = followed.take(
-                data,
-                is_new=is_new,
-                block_size=self._namespace.block_size,
-                is_chunked=self._is_chunked,
-            )
-            progress.append((request_id, num_tokens))
-            reissued += written
-        self.forget_what_is_over({request_id for request_id, _ in progress})
-        self.leader.note_progress(progress, lambda i: self._followed[i].block_ids, reissued)
+        written: list[BlockId] = []
+        followed_by = self._followed.get
+        for data in output.new_requests:
+            if (followed := followed_by(data.request_id)) is not None:
+                written += followed.begin(data, self._namespace.block_size)
+                progress.append((followed.name, followed.num_written(data)))
+        for data in output.cached_requests:
+            if (followed := followed_by(data.request_id)) is not None:
+                written += followed.go_on(data)
+                progress.append((followed.name, followed.num_written(data)))
+        if len(progress) < len(self._followed):
+            self.forget_what_is_over({name for name, _ in progress})
+        self.leader.note_progress(progress, self._device_table, written)
         return self.leader.take_plan(now_seconds=time.monotonic())
+
+    def _device_table(self, name: RequestId) -> Sequence[BlockId]:
+        return self._followed[int(name)].block_ids
 
     def forget_what_is_over(self, scheduled: Collection[RequestId] = ()) -> None:
         """From 1.2 on, requests that were cancelled or failed are gone without a word."""
-        absent = [(i, f) for i, f in self._followed.items() if i not in scheduled]
-        for request_id, followed in absent:
+        absent = [
+            followed for followed in self._followed.values() if followed.name not in scheduled
+        ]
+        for followed in absent:
             if translate.is_over(followed.request):
-                self._forget(request_id)
+                self._forget(followed.request.request_id)
 
     def _take_stranded(self) -> tuple[RequestId, ...]:
         stranded, self._stranded = tuple(self._stranded), []
@@ -171,13 +170,15 @@ class LeaderSide:
     @guarded(_switch_off)
     def finish(self, request: Any) -> None:
         """The engine frees the request's device blocks; what offloads still read is fenced."""
-        self._forget(translate.request_id_of(request))
+        self._forget(request.request_id)
 
-    def _forget(self, request_id: RequestId) -> None:
+    def _forget(self, request_id: int) -> None:
         """No block is offloaded at this point: no plan could be sent to an engine that rests."""
-        self._promised.discard(request_id)
-        if self._followed.pop(request_id, None) is not None and self._is_serving:
-            self.leader.finish(request_id, 0, ())
+        followed = self._followed.pop(request_id, None)
+        if followed is not None:
+            self._promised.discard(followed.name)
+            if self._is_serving:
+                self.leader.finish(followed.name, 0, ())
 
     @guarded(_switch_off)
     def poll(self) -> None:
@@ -200,12 +201,12 @@ class LeaderSide:
     def _switch_off_quietly(self) -> None:
         self._is_off = True
 
-    def _follow(self, request_id: RequestId, request: Any) -> Followed:
-        followed = self._followed.get(request_id)
+    def _follow(self, request: Any) -> Followed:
+        followed = self._followed.get(request.request_id)
         if followed is None:
-            tokens = list(request.get_tokens(0))
-            followed = Followed(request, int(request.prompt_len), tokens)
+            tokens, name = list(request.get_tokens(0)), str(request.request_id)
+            followed = Followed(name, request, int(request.prompt_len), self._is_chunked, tokens)
             keys = translate.keys_of(request, tokens, self._namespace)
-            self.leader.create_slot(request_id, keys, followed.prompt_len, followed.priorities)
-            self._followed[request_id] = followed
+            self.leader.create_slot(name, keys, followed.prompt_len, followed.priorities)
+            self._followed[request.request_id] = followed
         return followed

@@ -14,15 +14,10 @@ from typing import Any
 
 from kvbm_connectors.sources import COMMIT, THIS_PROCESS, source_of
 from kvbm_core.hashing import CacheNamespace, PrefixChain, block_content
-from kvbm_core.types import BlockHash, RequestId
+from kvbm_core.types import BlockHash
 
 DEFAULT_PRIORITY = 35  # of KvCacheRetentionConfig, cpp/include/tensorrt_llm/executor/executor.h
 _COMPLETE = "GENERATION_COMPLETE"
-
-
-def request_id_of(thing: Any) -> RequestId:
-    """Of a request, or of a RequestData."""
-    return str(thing.request_id)
 
 
 def namespace_of(llm_args: Any, version: str, weights: str = "") -> CacheNamespace:
@@ -92,9 +87,3 @@ def priorities_of(data: Any) -> list[int]:
     """Retention priorities of a RequestData's new blocks."""
     priorities = getattr(data, "priorities", None)
     return [DEFAULT_PRIORITY] * len(data.new_block_ids) if priorities is None else list(priorities)
-
-
-def num_scheduled_tokens(data: Any) -> int | None:
-    """That the coming forward computes; None in versions that do not say, before 1.2.0rc2."""
-    count = getattr(data, "num_scheduled_tokens", None)
-    return None if count is None else int(count)
