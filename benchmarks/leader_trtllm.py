@@ -1,8 +1,8 @@
 """What the leader's decisions cost behind TensorRT-LLM's hooks, beside vLLM's; no bytes are copied.
 
-The same decisions on the same core, measured in turn: on TensorRT-LLM keys are always our own, tokens
-are read from the engine's lists, and each iteration names every request with its tokens and blocks.
-Times are the thread's own processor time.
+The same decisions on the same core, measured in turn: on TensorRT-LLM keys are always our own,
+tokens are read from the engine's lists, and each iteration names every request with its tokens and
+blocks. Times are the thread's own processor time.
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ from kvbm_core.types import BlockId, RequestId
 class Followed:
     """A request that was matched.
 
-    name: the leader's for it. request: the engine's own, asked later whether it is over. is_chunked:
-    prompts may be computed in parts. tokens: known ones; its keys are over this list. num_offered: answered by the last match, until blocks
-    are allocated. num_loading: to be loaded by the coming forward itself, which the engine's first
-    computed position excludes; num_loaded: of the RequestData taken last.
+    name: the leader's for it. request: the engine's own, asked later whether it is over.
+    is_chunked: prompts may be computed in parts. tokens: known ones; its keys are over this list.
+    num_offered: answered by the last match, until blocks are allocated. num_loading: to be loaded
+    by the coming forward itself, which the engine's first computed position excludes; num_loaded:
+    of the RequestData taken last.
     """
 
     name: RequestId

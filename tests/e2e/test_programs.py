@@ -41,7 +41,15 @@ def test_the_demo_shows_host_and_disk_hits_with_the_same_tokens(tmp_path: Path) 
 
 
 def test_the_benchmarks_of_copies_and_decisions_write_their_figures(tmp_path: Path) -> None:
-    run("benchmarks", "--quick", "--only", "copies,leader", "--out", str(tmp_path), seconds=300)
+    run(
+        "benchmarks",
+        "--quick",
+        "--only",
+        "copies,leader,leader_trtllm",
+        "--out",
+        str(tmp_path),
+        seconds=300,
+    )
     for name in ("copies", "leader", "leader_trtllm"):
         assert json.loads((tmp_path / f"{name}.json").read_text())["ratios"]
 
