@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,37 @@ def test_a_prefix_that_the_device_evicted_comes_back(server: Server) -> None:
     assert warm == cold
     hits = server.metric("vllm:external_prefix_cache_hits_total") - before
     assert hits >= 4 * LENGTH - LENGTH
+
+
+def test_a_server_killed_under_load_finds_its_disk_cache_again(
+    checkpoint: Path, tmp_path: Path, server: Server
+) -> None:
+    """Killed with SIGKILL, all processes of it, at moments that the load decides."""
+    prompts = [prompt(1200 + i, LENGTH) for i in range(6)]
+    right = [server.complete(tokens) for tokens in prompts]
+    environment = {
+        "DYN_KVBM_CPU_CACHE_GB": "0.05",
+        "DYN_KVBM_DISK_CACHE_GB": "0.2",
+        "DYN_KVBM_DISK_CACHE_DIR": str(tmp_path),
+        "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": "true",
+    }
+    found = []
+    for num_requests in (6, 9, 12):
+        victim = Server(checkpoint, tmp_path / "victim.log", environment)
+        try:
+            victim.wait_ready()
+            assert victim.complete(prompts[0]) == right[0]
+            found.append(victim.metric("vllm:external_prefix_cache_hits_total"))
+            for i in range(1, num_requests):
+                assert victim.complete(prompts[i % 6]) == right[i % 6]
+            with ThreadPoolExecutor(6) as clients:
+                under_way = [clients.submit(victim.complete, tokens) for tokens in prompts]
+                wait(under_way, return_when=FIRST_COMPLETED)
+                victim.kill()
+        finally:
+            victim.kill()
+    assert found == [0, LENGTH, LENGTH], "a new process found what the killed one had"
+    assert len(list(tmp_path.glob("*.data"))) == 1, "each took over the files of the one before"
 
 
 def test_start_up_says_what_matters(server: Server) -> None:
