@@ -12,6 +12,7 @@ import logging
 import os
 import time
 
+from kvbm_core.announce import announce
 from kvbm_core.build import build_leader
 from kvbm_core.channel.leader_end import LeaderEnd
 from kvbm_core.channel.leader_protocol import (
@@ -26,7 +27,7 @@ from kvbm_core.channel.leader_protocol import (
 from kvbm_core.channel.messages import LeaderAddress
 from kvbm_core.channel.rendezvous import Rendezvous
 from kvbm_core.channel.timing import Timing
-from kvbm_core.config import BYTES_PER_GB, KvbmConfig
+from kvbm_core.config import KvbmConfig
 from kvbm_core.errors import ChannelError
 from kvbm_core.leader import Leader
 from kvbm_core.registry.choose import rendezvous_for
@@ -233,14 +234,12 @@ class KvbmLeader:
             engine_shares_blocks=self._engine_shares_blocks,
             engine_can_wait=self._engine_can_wait,
         )
-        logger.info(
-            "kvbm: all %d rank(s) are there; host tier of %d blocks of %d tokens, %.2f GB; "
-            "layout %s",
-            self._num_ranks,
-            num_host_blocks,
-            self._block_size,
-            num_host_blocks * sum(h.block_bytes for h in handshakes) / BYTES_PER_GB,
-            handshakes[0].fingerprint,
+        announce(
+            self._leader,
+            self._config,
+            handshakes,
+            block_size=self._block_size,
+            keys=f"keys of {self._identity}",
         )
 
     def _say_who_is_missing(self, timeout_seconds: float) -> str:

@@ -173,8 +173,6 @@ def _open_leader(config: KvbmConfig, llm_args: Any) -> tuple[LeaderSide, Meeting
     kvbm.open()
     if compatibility.reuses_parts_of_blocks(llm_args):
         compatibility.warn_about_partial_reuse()
-    for setting in config.ignored:
-        compatibility.logger.warning("%s has no effect in this release", setting)
     side = LeaderSide(
         kvbm,
         namespace,

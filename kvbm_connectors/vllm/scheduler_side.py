@@ -18,8 +18,9 @@ from kvbm_connectors.summary import SummaryLog
 from kvbm_connectors.vllm import translate
 from kvbm_connectors.vllm.identity import Adapters
 from kvbm_connectors.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
+from kvbm_core.announce import announce
 from kvbm_core.build import build_leader
-from kvbm_core.config import BYTES_PER_GB, KvbmConfig
+from kvbm_core.config import KvbmConfig
 from kvbm_core.errors import LayoutMismatch
 from kvbm_core.hashing import CacheNamespace
 from kvbm_core.leader import Leader
@@ -107,7 +108,14 @@ class SchedulerSide:
             engine_holds_blocks=False,
             engine_shares_blocks=self._prefix_caching,
         )
-        self._announce(handshakes, num_host_blocks)
+        keys = "engine" if self._engine_keys else "chain"
+        announce(
+            self._leader,
+            self._config,
+            handshakes,
+            block_size=self._block_size,
+            keys=f"namespace {self._namespace.fingerprint()}, keys {keys}",
+        )
         self._summary = SummaryLog(logger, self._leader.counters)
 
     def _ignore(self, request: Any, _: int) -> tuple[int, bool]:
@@ -228,41 +236,3 @@ class SchedulerSide:
             keys: Sequence[BlockHash] = request.block_hashes
             return keys
         return translate.chain_of(request, self._namespace, self._adapters)
-
-    def _announce(self, handshakes: Sequence[KvbmHandshake], num_host_blocks: int) -> None:
-        block_bytes = sum(handshake.block_bytes for handshake in handshakes)
-        num_device_blocks = handshakes[0].num_device_blocks
-        logger.info(
-            "kvbm: host tier of %d blocks of %d tokens, %.2f GB over %d rank(s), device cache "
-            "%d blocks; layout %s, namespace %s, keys %s, eviction %s",
-            num_host_blocks,
-            self._block_size,
-            num_host_blocks * block_bytes / BYTES_PER_GB,
-            self._num_ranks,
-            num_device_blocks,
-            handshakes[0].fingerprint,
-            self._namespace.fingerprint(),
-            "engine" if self._engine_keys else "chain",
-            self._config.eviction_policy,
-        )
-        if self.leader.cascade is not None:
-            disk = self.leader.cascade.disk
-            logger.info(
-                "kvbm: disk tier of %d blocks, %.2f GB over %d rank(s); %d blocks of an earlier "
-                "process are back",
-                disk.num_blocks,
-                disk.num_blocks * block_bytes / BYTES_PER_GB,
-                self._num_ranks,
-                disk.num_ready,
-            )
-        if num_host_blocks < num_device_blocks and not self._config.is_disk_only:
-            logger.warning(
-                "the host tier (%d blocks) is smaller than the device cache (%d blocks): what the "
-                "device evicts has mostly left host by then, so offloads cost bandwidth and bring "
-                "few hits. Give at least DYN_KVBM_CPU_CACHE_GB=%.1f.",
-                num_host_blocks,
-                num_device_blocks,
-                num_device_blocks * block_bytes / BYTES_PER_GB + 0.05,
-            )
-        for setting in self._config.ignored:
-            logger.warning("%s has no effect in this release", setting)
