@@ -72,7 +72,7 @@ class Worker:
             if op.src.tier is Tier.DEVICE:
                 self._num_offloads.update(op.request_ids)
             if self._void_promotions and self._meets_void_promotion(op):
-                self._refuse(op)
+                self._refuse(op, "an op from before a reset still writes its blocks")
             elif not op.touches_device or (op.op_id in plan.fences and not op.is_onboard):
                 self._transfer.submit(op)
             else:
@@ -91,6 +91,13 @@ class Worker:
         """Submit what reads the forward's blocks: call after it was launched."""
         for op in self._offloads:
             self._transfer.submit(op)
+        self._offloads.clear()
+
+    def refuse_offloads(self, why: str) -> None:
+        """Answer offloads that were not submitted as failed: no forward has written their blocks.
+        For engines that go on after a forward has failed."""
+        for op in self._offloads:
+            self._refuse(op, why)
         self._offloads.clear()
 
     def wait_onboards(self) -> None:
@@ -159,8 +166,8 @@ class Worker:
         host_ids = {block_id for end in ends for block_id in end.ids()}
         return any(not host_ids.isdisjoint(ids) for ids in self._void_promotions.values())
 
-    def _refuse(self, op: TransferOp) -> None:
-        result = OpResult(op.op_id, 0, 0.0, "an op from before a reset still writes its blocks")
+    def _refuse(self, op: TransferOp, why: str) -> None:
+        result = OpResult(op.op_id, 0, 0.0, why)
         self._end(self._in_flight.pop(op.op_id), result)
         self._results.append(result)
 

@@ -40,7 +40,8 @@ def warn_about_partial_reuse() -> None:
     """Say what TensorRT-LLM's default costs."""
     logger.warning(
         "kv_cache_config.enable_partial_reuse is on: a prompt that shares part of a block with a "
-        "cached one loads nothing, and every forward waits for its offloads. Set it to false."
+        "cached one loads nothing, and every forward waits for its loads and offloads. Set it to "
+        "false."
     )
 
 

@@ -89,7 +89,7 @@ class DynamoKVBMConnectorWorker(KvCacheConnectorWorker):
             rank=int(mpi_rank()),
             num_ranks=self._num_ranks,
             ranks_per_node=min(self._num_ranks, _gpus_per_node(llm_args)),
-            loads_async=config.trtllm_load_mode == "async",
+            loads_async=_loads_async(config, llm_args),
             waits_for_offloads=compatibility.reuses_parts_of_blocks(llm_args),
         )
         atexit.register(self.shutdown)
@@ -149,6 +149,14 @@ def _configure(llm_args: Any) -> KvbmConfig:
     return config
 
 
+def _loads_async(config: KvbmConfig, llm_args: Any) -> bool:
+    """An engine that copies parts of blocks by itself may copy into a block that a request gave up
+    while it was loaded: no fence comes before that, so no load may outlive its step."""
+    if compatibility.reuses_parts_of_blocks(llm_args):
+        return False
+    return config.trtllm_load_mode == "async"
+
+
 def _gpus_per_node(llm_args: Any) -> int:
     return int(getattr(llm_args, "gpus_per_node", None) or llm_args.parallel_config.world_size)
 
@@ -176,7 +184,7 @@ def _open_leader(config: KvbmConfig, llm_args: Any) -> tuple[LeaderSide, Meeting
     side = LeaderSide(
         kvbm,
         namespace,
-        loads_async=config.trtllm_load_mode == "async",
+        loads_async=_loads_async(config, llm_args),
         is_chunked=bool(getattr(llm_args, "enable_chunked_prefill", False)),
     )
     return side, Meeting(kvbm.address.encode(), identity)

@@ -14,15 +14,24 @@ from kvbm_connectors.trtllm import translate
 from kvbm_core.types import BlockId, RequestId
 
 
+def first_written(data: Any, block_size: int, num_loaded: int = 0) -> Sequence[BlockId]:
+    """Blocks of a request's first RequestData that its forwards write; before them come those that
+    the engine or the connector found."""
+    written: Sequence[BlockId] = data.new_block_ids[
+        (data.computed_position + num_loaded) // block_size :
+    ]
+    return written
+
+
 @dataclass
 class Followed:
     """A request that was matched.
 
-    name: the leader's for it. request: the engine's own, asked later whether it is over.
-    is_chunked: prompts may be computed in parts. tokens: known ones; its keys are over this list.
-    num_offered: answered by the last match, until blocks are allocated. num_loading: to be loaded
-    by the coming forward itself, which the engine's first computed position excludes; num_loaded:
-    of the RequestData taken last.
+    name: the leader's for it. request: once blocks are allocated the engine's own, asked whether it
+    is over. is_chunked: prompts may be computed in parts. tokens: known ones; its keys are over
+    this list. num_offered: answered by the last match, until blocks are allocated. num_loading: to
+    be loaded by the coming forward itself, which the engine's first computed position excludes;
+    num_loaded: of the RequestData taken last.
     """
 
     name: RequestId
@@ -42,7 +51,7 @@ class Followed:
         self.tokens[:] = data.new_tokens
         self.block_ids, self.priorities[:] = [*data.new_block_ids], translate.priorities_of(data)
         self.num_loaded, self.num_loading = self.num_loading, 0
-        return self.block_ids[(data.computed_position + self.num_loaded) // block_size :]
+        return first_written(data, block_size, self.num_loaded)
 
     def go_on(self, data: Any) -> Sequence[BlockId]:
         """As `begin`, of a RequestData that tells what is new."""

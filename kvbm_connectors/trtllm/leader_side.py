@@ -17,7 +17,7 @@ from typing import Any
 from kvbm_connectors.guard import guarded
 from kvbm_connectors.summary import SummaryLog
 from kvbm_connectors.trtllm import translate
-from kvbm_connectors.trtllm.followed import Followed
+from kvbm_connectors.trtllm.followed import Followed, first_written
 from kvbm_connectors.trtllm.metadata import StepMetadata
 from kvbm_core.hashing import CacheNamespace
 from kvbm_core.kvbm_leader import KvbmLeader
@@ -44,9 +44,7 @@ class LeaderSide:
         self._loads_async = loads_async
         self._is_chunked = is_chunked
         self._followed: dict[int, Followed] = {}
-        self._promised: set[RequestId] = set()  # loads offered, allocated or not, until the plan
-        self._queued_loads: list[RequestId] = []
-        self._stranded: list[RequestId] = []
+        self._promised: dict[RequestId, None] = {}  # loads offered, until the plan
         self._summary: SummaryLog | None = None
         self._is_off = False
 
@@ -76,9 +74,10 @@ class LeaderSide:
 
     def _no_match(self, request: Any, _: int) -> tuple[int, bool]:
         """A request whose keys can't be computed costs only itself."""
-        followed = self._followed.pop(request.request_id, None)
-        if followed is not None and self._is_serving:
-            self.leader.ignore(followed.name)
+        name = str(request.request_id)
+        if self._is_serving and self.leader.has_slot(name):
+            self.leader.ignore(name)
+        self._forget(request.request_id)
         return 0, False
 
     @guarded(_no_match)
@@ -94,42 +93,34 @@ class LeaderSide:
         room = max(0, followed.prompt_len - 1 - num_device_tokens) // block_size * block_size
         followed.num_offered = min(found or 0, room)
         if followed.num_offered:
-            self._promised.add(followed.name)
+            self._promised[followed.name] = None
         return followed.num_offered, bool(followed.num_offered) and self._loads_async
 
-    def _strand(self, request: Any, _: Sequence[BlockId]) -> None:
-        """The engine now counts on a load that will not start, and can't be told."""
-        self._switch_off()
-        followed = self._followed.get(request.request_id)
-        if followed is not None and followed.num_offered:
-            self._stranded.append(followed.name)
-
-    @guarded(_strand)
+    @guarded(_switch_off)
     def allocated(self, request: Any, device_ids: Sequence[BlockId]) -> None:
         followed = self._followed.get(request.request_id)
-        if followed is None:
+        if followed is None or not self._is_serving:
             return
-        if not self._is_serving:
-            self._strand(request, device_ids)
-            return
+        # What was matched is a copy in C++, which never learns that the request is over.
+        followed.request = request
         num_tokens = followed.num_offered
         self.leader.allocated(followed.name, num_tokens, device_ids)
         followed.num_offered = 0
-        if num_tokens:
-            self._queued_loads.append(followed.name)
-            followed.num_loading = 0 if self._loads_async else num_tokens
+        followed.num_loading = 0 if self._loads_async else num_tokens
 
-    def _metadata_without_plan(self, _: Any) -> StepMetadata:
+    def _metadata_when_off(self, _: Any) -> StepMetadata:
+        """The engine counts on the loads that it was promised, and can't be told otherwise."""
         self._switch_off()
-        self._stranded += self._queued_loads
-        self._queued_loads.clear()
-        return StepMetadata(stranded=self._take_stranded())
+        stranded = tuple(self._promised)
+        self._promised.clear()
+        return StepMetadata(stranded=stranded, is_off=True)
 
-    @guarded(_metadata_without_plan)
+    @guarded(_metadata_when_off)
     def build_metadata(self, output: Any) -> StepMetadata:
+        if self._is_off:
+            return self._metadata_when_off(output)
         plan = self._plan(output) if self._is_serving else StepPlan()
-        metadata = StepMetadata(encode(plan) if plan else b"", self._take_stranded())
-        self._queued_loads.clear()
+        metadata = StepMetadata(encode(plan) if plan else b"")
         self._promised.clear()
         self.poll()
         return metadata
@@ -138,14 +129,19 @@ class LeaderSide:
         progress: list[tuple[RequestId, int]] = []
         written: list[BlockId] = []
         followed_by = self._followed.get
+        block_size = self._namespace.block_size
         for data in output.new_requests:
-            if (followed := followed_by(data.request_id)) is not None:
-                written += followed.begin(data, self._namespace.block_size)
-                progress.append((followed.name, followed.num_written(data)))
+            if (followed := followed_by(data.request_id)) is None:
+                written += first_written(data, block_size)
+                continue
+            written += followed.begin(data, block_size)
+            progress.append((followed.name, followed.num_written(data)))
         for data in output.cached_requests:
-            if (followed := followed_by(data.request_id)) is not None:
-                written += followed.go_on(data)
-                progress.append((followed.name, followed.num_written(data)))
+            if (followed := followed_by(data.request_id)) is None:
+                written += data.new_block_ids
+                continue
+            written += followed.go_on(data)
+            progress.append((followed.name, followed.num_written(data)))
         if len(progress) < len(self._followed):
             self.forget_what_is_over({name for name, _ in progress})
         self.leader.note_progress(progress, self._device_table, written)
@@ -156,16 +152,9 @@ class LeaderSide:
 
     def forget_what_is_over(self, scheduled: Collection[RequestId] = ()) -> None:
         """From 1.2 on, requests that were cancelled or failed are gone without a word."""
-        absent = [
-            followed for followed in self._followed.values() if followed.name not in scheduled
-        ]
-        for followed in absent:
+        for followed in [f for f in self._followed.values() if f.name not in scheduled]:
             if translate.is_over(followed.request):
                 self._forget(followed.request.request_id)
-
-    def _take_stranded(self) -> tuple[RequestId, ...]:
-        stranded, self._stranded = tuple(self._stranded), []
-        return stranded
 
     @guarded(_switch_off)
     def finish(self, request: Any) -> None:
@@ -174,11 +163,11 @@ class LeaderSide:
 
     def _forget(self, request_id: int) -> None:
         """No block is offloaded at this point: no plan could be sent to an engine that rests."""
-        followed = self._followed.pop(request_id, None)
-        if followed is not None:
-            self._promised.discard(followed.name)
-            if self._is_serving:
-                self.leader.finish(followed.name, 0, ())
+        name = str(request_id)
+        self._followed.pop(request_id, None)
+        self._promised.pop(name, None)
+        if self._is_serving and self.leader.has_slot(name):
+            self.leader.finish(name, 0, ())
 
     @guarded(_switch_off)
     def poll(self) -> None:

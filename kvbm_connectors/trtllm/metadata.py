@@ -10,11 +10,13 @@ from dataclasses import dataclass
 class StepMetadata:
     """One iteration's plan, encoded; empty where there is nothing to do.
 
-    stranded: requests whose load the engine expects and nobody will do.
+    stranded: requests whose load the engine expects and nobody will do. is_off: no more plans
+    come, and so no fences: every copy must end before the engine goes on.
     """
 
     plan: bytes = b""
     stranded: tuple[str, ...] = ()
+    is_off: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from kvbm_core.types import RequestId
 from kvbm_core.wire import StepPlan, decode_plan
 
 REST_SECONDS = 0.05
+_FAILED_FORWARD = "the forward that was to write its blocks has failed"
 
 
 class WorkerSide:
@@ -84,7 +85,11 @@ class WorkerSide:
                     self._kvbm.poll()
 
     def begin(self, metadata: object) -> None:
-        """Before the forward and before anything writes device blocks."""
+        """Before the forward and before anything writes device blocks.
+
+        Offloads of an earlier plan that nobody has submitted are void: its forward has failed, the
+        engine goes on, and their blocks are half written.
+        """
         assert isinstance(metadata, StepMetadata)
         if metadata.stranded:
             raise RuntimeError(
@@ -92,9 +97,14 @@ class WorkerSide:
                 "come, since a hook of the KV cache leader failed; its log has the traceback"
             )
         with self._lock:
-            if self._kvbm is not None:
-                plan = decode_plan(metadata.plan) if metadata.plan else StepPlan()
-                self._kvbm.worker.begin(plan)
+            if self._kvbm is None:
+                return
+            worker = self._kvbm.worker
+            worker.refuse_offloads(_FAILED_FORWARD)
+            worker.begin(decode_plan(metadata.plan) if metadata.plan else StepPlan())
+            if metadata.is_off:
+                worker.wait_onboards()
+                worker.wait_offloads()
 
     def start_loads(self, stream: Any) -> None:
         """Submit loads; where the forward itself needs them, wait for them."""
@@ -133,6 +143,7 @@ class WorkerSide:
         self._loading.update(map(str, loading_ids))
         with self._lock:
             if self._kvbm is not None:
+                self._kvbm.worker.refuse_offloads(_FAILED_FORWARD)
                 self._kvbm.poll()
                 self._received |= self._kvbm.worker.take_received()
                 self._check_loads(self._kvbm)

@@ -44,12 +44,13 @@ def serve(
     *,
     mode: str = "async",
     env: Mapping[str, str] | None = None,
+    connector: Connector = CONNECTOR,
     **options: Any,
 ) -> Outcome:
     """Run our connector, check every token, and that nothing is left behind."""
     options = {"between_waves": settle, "at_end": state_of, **options}
     env = {**ENV, "DYN_KVBM_TRTLLM_LOAD_MODE": mode, **(env or {})}
-    outcome = run(CONNECTOR, waves, flavour, env=env, **options)
+    outcome = run(connector, waves, flavour, env=env, **options)
     check_tokens(outcome, waves)
     if options["at_end"] is state_of:
         assert outcome.states[0] == NOTHING_LEFT

@@ -6,6 +6,7 @@ is a ConformanceError that names the hook.
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import Counter
@@ -144,10 +145,16 @@ class ConnectorManager:
         return running.request_id not in self._loaded_ids
 
     def match(self, running: Running, num_local: int) -> int:
-        """Ask the connector; called while the radix tree's mutex is held."""
+        """Ask the connector; called while the radix tree's mutex is held.
+
+        The request is a C++ copy, which never learns how the request goes on: nanobind casts a
+        `const&` argument of an overridden method by copy (KvCacheConnectorManager's trampoline in
+        nanobind/batch_manager/kvCacheConnector.cpp). The other hooks are called from Python.
+        """
+        snapshot = self._view(copy.copy(running))
         answer = self._lead(
             "get_num_new_matched_tokens",
-            lambda: self.scheduler.get_num_new_matched_tokens(self._view(running), num_local),
+            lambda: self.scheduler.get_num_new_matched_tokens(snapshot, num_local),
             (running.request_id, num_local),
         )
         num_matched, is_async = _match_answer(answer)

@@ -66,12 +66,16 @@ def test_a_cancel_in_any_phase_harms_nobody(overlap: bool, flavour: str, cancel:
 @pytest.mark.parametrize("flavour", ["1.1", "1.2rc2", "1.2"])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_failed_forward_harms_nobody_else(mode: str, overlap: bool, flavour: str) -> None:
+@pytest.mark.parametrize("fail_forward", [1, 2])
+def test_a_failed_forward_harms_nobody_else(
+    mode: str, overlap: bool, flavour: str, fail_forward: int
+) -> None:
+    """Nor is what the failed forward was to compute kept: the third wave would load it."""
     requests = shared_prompts(6)
-    outcome = serve(
-        [requests, again(requests)], flavour, mode=mode, overlap=overlap, fail_forward=3
-    )
+    waves = [requests, again(requests), again(again(requests))]
+    outcome = serve(waves, flavour, mode=mode, overlap=overlap, fail_forward=fail_forward)
     assert "error" in outcome.ends.values()
+    assert outcome.num_matched_tokens
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
