@@ -64,7 +64,7 @@ class ReportsLoadsEarly(_MutantWorker):
             return super().finished(saving_ids, loading_ids)
 
 
-class StartsForwardsBeforeTheirLoads(_MutantWorker):
+class WaitsForNoLoad(_MutantWorker):
     class side(WorkerSide):
         def open(self, cache: torch.Tensor, meeting: Meeting) -> None:
             super().open(cache, meeting)
@@ -134,12 +134,13 @@ class CountsOneBlockTooMuch(_MutantLeader):
                 return min(ahead, len(self.tokens)), written
 
 
-class TakesAllChunksForComputed(_MutantLeader):
-    class side(_FollowsOtherwise):
-        class followed(Followed):
-            def take(self, data: Any, **options: Any) -> tuple[int, Sequence[BlockId]]:
-                _, written = super().take(data, **options)
-                return len(self.tokens), written
+class LoadsBehind(_MutantLeader):
+    """Lets requests wait for loads while the engine copies parts of blocks by itself."""
+
+    class side(LeaderSide):
+        def match(self, request: Any, num_device_tokens: int) -> tuple[int, bool]:
+            self._loads_async = True
+            return super().match(request, num_device_tokens)
 
 
 class ForgetsGrownBlocks(_MutantLeader):

@@ -10,21 +10,22 @@ import os
 import signal
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvbm_core.build import cpu_engine
 from kvbm_core.transfer.port import TransferEngine
 from kvbm_core.types import OpId, OpResult, TransferOp
+from tests.contract.trtllm import kvbm
 
 ENGINE = "tests.contract.trtllm.late:late_engine"
 KILLER = "tests.contract.trtllm.late:killing_engine"
 KILL_ON = "LATE_ENGINE_KILLS_ON"  # "load" or "offload"
-VICTIM = "LATE_ENGINE_VICTIM"  # the n-th engine of a process is that of rank n
 
 
 @dataclass
 class Control:
-    """num_polls: between an op's submission and its copy. num_loads_to_fail: so many next loads
-    fail without copying. submitted: every op that came, of every rank."""
+    """num_polls: between an op's submission and its copy, 0 copies at once. num_loads_to_fail: so
+    many next loads fail without copying. submitted: every op that came, of every rank."""
 
     num_polls: int = 8
     num_loads_to_fail: int = 0
@@ -35,6 +36,19 @@ class Control:
 
 
 CONTROL = Control()
+
+
+def settle(rank: int, scheduler: Any, worker: Any) -> None:
+    """As `kvbm.settle`; what is late is done now."""
+    if scheduler is not None:
+        num_polls, CONTROL.num_polls = CONTROL.num_polls, 0
+        kvbm.settle(rank, scheduler, worker)
+        CONTROL.num_polls = num_polls
+
+
+def state_of(rank: int, scheduler: Any, worker: Any) -> kvbm.LeaderState | None:
+    settle(rank, scheduler, worker)
+    return kvbm.state_of(rank, scheduler, worker)
 
 
 class LateEngine:
@@ -48,11 +62,14 @@ class LateEngine:
 
     def submit(self, op: TransferOp) -> None:
         CONTROL.submitted.append(op)
-        self._queue[op.op_id] = (self._num_polls + CONTROL.num_polls, op)
+        self._queue[op.op_id] = (self._num_polls, op)
+        if not CONTROL.num_polls:
+            self.wait([op.op_id])
 
     def poll(self) -> list[OpResult]:
         self._num_polls += 1
-        self.wait([i for i, (due, _) in self._queue.items() if due <= self._num_polls])
+        last = self._num_polls - CONTROL.num_polls
+        self.wait([i for i, (submitted, _) in self._queue.items() if submitted <= last])
         failed, self._failed = self._failed, []
         return self._inner.poll() + failed
 

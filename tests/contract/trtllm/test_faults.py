@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,14 +21,43 @@ PROMPT = tuple(range(100, 122))
 TWICE = [[Request(1, PROMPT)], [Request(2, PROMPT)]]
 CROWD = shared_prompts(9)
 CROWDED = [CROWD, again(CROWD), again(again(CROWD))]
-GIVEN_UP = [CROWD, again(CROWD, cancel="loading", max_tokens=6), again(again(CROWD))]
 CANCELLED = [again(CROWD, cancel="decode", max_tokens=8), CROWD, again(again(CROWD))]
-GENERATED = expected_tokens([Request(1, PROMPT[:9], max_tokens=12)])[1]
-CONTINUED = [  # the second prompt reads what was generated under the first
-    [Request(1, PROMPT[:9], max_tokens=12)],
-    [Request(2, (*PROMPT[:9], *GENERATED, 1, 2))],
+GROWING = [Request(i, PROMPT[i : i + 6], max_tokens=22) for i in range(8)]
+GROWN = [
+    Request(100 + r.request_id, (*r.prompt, *tokens, 1))
+    for r, tokens in zip(GROWING, expected_tokens(GROWING).values(), strict=True)
 ]
-SCARCE = {"num_blocks": 20}
+
+
+def own(request_id: int, num_tokens: int, **other: Any) -> Request:
+    """A prompt that shares nothing."""
+    first = 1000 + 50 * request_id
+    return Request(request_id, tuple(range(first, first + num_tokens)), **other)
+
+
+def sharing_a_part(request_id: int, **other: Any) -> Request:
+    """A prompt that ends in the middle of a block of PROMPT."""
+    return Request(request_id, (*PROMPT[:6], request_id, request_id, request_id), **other)
+
+
+def mixed(count: int) -> list[Request]:
+    rng = random.Random(0)
+    kinds = rng.choices((lambda i, **other: own(i, 10, **other), sharing_a_part), (2, 3), k=count)
+    return [kind(i, arrival=3 * i) for i, kind in enumerate(kinds)]
+
+
+GIVEN_UP = [  # loads are given up while one request runs, and their blocks go to others
+    [own(i, 14) for i in range(3)],
+    [
+        Request(50, PROMPT[:9], max_tokens=26),
+        *[own(i, 14, arrival=2, cancel="loading") for i in range(3)],
+        *[sharing_a_part(60 + i, arrival=5 + i // 3, max_tokens=10) for i in range(7)],
+    ],
+]
+GIVEN_UP[1][1:4] = again(GIVEN_UP[1][1:4])
+MIXED = [mixed(24), again(mixed(24))]
+ROOMY = {"num_blocks": 26, "num_polls": 8}
+SCARCE = {"num_blocks": 14}  # freed blocks are handed out again at once
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +68,14 @@ def _controlled() -> Iterator[None]:
 
 
 def serve(
-    waves: Any, leader: str = LEADER, worker: str = WORKER, *, num_polls: int = 8, **options: Any
+    waves: Any, leader: str = LEADER, worker: str = WORKER, *, num_polls: int = 40, **options: Any
 ) -> Outcome:
     """Run a mutant, or our connector itself, over an engine that copies late."""
     late.CONTROL.num_polls = num_polls
     connector = Connector("tests.contract.trtllm.kvbm_mutants", leader, worker)
     env = {"DYN_KVBM_TRANSFER_ENGINE": late.ENGINE, **options.pop("env", {})}
     packages = ("kvbm_connectors.trtllm",)
+    options = {"flavour": "1.3", "between_waves": late.settle, "at_end": late.state_of, **options}
     return kvbm.serve(waves, connector=connector, connector_packages=packages, env=env, **options)
 
 
@@ -59,7 +90,7 @@ class Fault:
     sound: str = LEADER
 
     def __str__(self) -> str:
-        return self.leader if self.worker == WORKER else self.worker
+        return "-".join({self.leader, self.worker} - {LEADER, WORKER})
 
 
 def identities(**other: Any) -> list[list[Request]]:
@@ -71,23 +102,23 @@ IMAGE = {
     "multimodal_positions": (0,),
     "multimodal_lengths": (6,),
 }
-PARTIAL = {"llm_args": {"kv_cache_config.enable_partial_reuse": True}, **SCARCE}
+PARTIAL = {"llm_args": {"kv_cache_config.enable_partial_reuse": True}, "num_blocks": 12}
 WRONG_TOKENS = [
     Fault(worker="SkipsFences", waves=CROWDED, options=SCARCE),
-    Fault(worker="SkipsFences", waves=GIVEN_UP, options=SCARCE),
+    Fault(worker="SkipsFences", waves=GIVEN_UP, options=ROOMY),
     Fault(worker="SkipsFences", waves=CANCELLED, options={"mode": "sync", **SCARCE}),
     Fault(worker="ReportsLoadsEarly"),
-    Fault(worker="StartsForwardsBeforeTheirLoads", options={"mode": "sync"}),
-    Fault(worker="CopiesPartsUnderOffloads", waves=CROWDED, options=PARTIAL),
+    Fault(worker="WaitsForNoLoad", options={"mode": "sync"}),
+    Fault(worker="CopiesPartsUnderOffloads", waves=MIXED, options=PARTIAL),
+    Fault("LoadsBehind", "WaitsForNoLoad", GIVEN_UP, {**PARTIAL, **ROOMY}),
     Fault(worker="KeepsFailedForwards", waves=CROWDED, options={"fail_forward": 1}),
     Fault(worker="OffloadsBeforeTheForward", options={"num_polls": 0}),
-    Fault("CountsOneBlockTooMuch", waves=CONTINUED, options={"num_polls": 0}),
-    Fault("TakesAllChunksForComputed", options={"chunk_tokens": 8, "num_polls": 0}),
-    Fault("ForgetsGrownBlocks", waves=CROWDED, options=SCARCE),
+    Fault("CountsOneBlockTooMuch", options={"chunk_tokens": 8, "num_polls": 0}),
+    Fault("ForgetsGrownBlocks", waves=[GROWING, GROWN], options=SCARCE),
     Fault("IgnoresUnfollowed", waves=CROWDED, options=SCARCE, sound="FencesUnfollowed"),
     Fault("LoadsOneBlockAhead"),
     Fault("MixesSalts", waves=identities(cache_salt="a")),
-    Fault("MixesSalts", waves=identities(cache_salt="a"), options={"flavour": "1.3"}),
+    Fault("MixesSalts", waves=identities(cache_salt="a"), options={"flavour": "1.2"}),
     Fault("MixesAdapters", waves=identities(lora_task_id=7)),
     Fault("MixesImages", waves=identities(**IMAGE)),
 ]
