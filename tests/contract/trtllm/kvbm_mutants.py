@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import torch
+from tensorrt_llm._utils import mpi_rank
 
 from kvbm_connectors.trtllm import DynamoKVBMConnectorLeader, DynamoKVBMConnectorWorker
 from kvbm_connectors.trtllm.followed import Followed
@@ -95,6 +96,24 @@ class OffloadsBeforeTheForward(_MutantWorker):
         def start_loads(self, stream: Any) -> None:
             super().start_loads(stream)
             self.submit_offloads()
+
+
+class CountsOtherTokens(_MutantWorker):
+    """Takes its blocks for other ones on rank 1."""
+
+    def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
+        if mpi_rank() == 1:
+            self.worker_side._block_size *= 2
+        super().register_kv_caches(kv_cache_tensor)
+
+
+class NeverOpens(_MutantWorker):
+    """Has no memory on rank 1."""
+
+    class side(WorkerSide):
+        def open(self, cache: torch.Tensor, meeting: Meeting) -> None:
+            if self._rank != 1:
+                super().open(cache, meeting)
 
 
 # Leaders

@@ -15,11 +15,12 @@ from typing import Any
 from kvbm_core.build import cpu_engine
 from kvbm_core.transfer.port import TransferEngine
 from kvbm_core.types import OpId, OpResult, TransferOp
-from tests.contract.trtllm import kvbm
+from tests.contract.trtllm import kvbm, mpi
 
 ENGINE = "tests.contract.trtllm.late:late_engine"
 KILLER = "tests.contract.trtllm.late:killing_engine"
 KILL_ON = "LATE_ENGINE_KILLS_ON"  # "load" or "offload"
+VICTIM = "LATE_ENGINE_VICTIM"  # a rank
 
 
 @dataclass
@@ -108,5 +109,6 @@ def late_engine(config, layout, regions, host):  # type: ignore[no-untyped-def]
 
 
 def killing_engine(config, layout, regions, host):  # type: ignore[no-untyped-def]
-    """As `late_engine`, where the process is to be killed."""
-    return KillingEngine(cpu_engine(config, layout, regions, host))
+    """As `late_engine`; the process of one rank is killed in mid-copy."""
+    is_victim = os.environ[VICTIM] == str(mpi.mpi_rank())
+    return (KillingEngine if is_victim else LateEngine)(cpu_engine(config, layout, regions, host))
