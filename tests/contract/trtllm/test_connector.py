@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests.contract.trtllm.kvbm import again, serve
+from tests.contract.trtllm.llm_request import Request
 from tests.contract.trtllm.modules import FLAVOURS
 from tests.contract.trtllm.test_engine import shared_prompts
 
@@ -93,24 +92,41 @@ def test_parts_of_blocks_may_be_reused_by_the_engine(mode: str, flavour: str) ->
     assert outcome.num_matched_tokens
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_hooks_are_called_as_often_as_upstream_asserts(mode: str) -> None:
-    """One request, alone: see the facts that upstream's own tests assert."""
-    num_tokens, layers = 5, 2
-    requests = shared_prompts(1)
-    first = again(requests, max_tokens=num_tokens)
-    outcome: Any = serve(
-        [requests, first], mode=mode, num_layers=layers, overlap=False, num_blocks=32
-    )
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 8])
+def test_counts_of_a_plain_request_are_upstreams(num_tokens: int, overlap: bool) -> None:
+    """As test_connector_simple there, where nothing is saved behind the request's back."""
+    requests = [Request(1, (1, 2, 3, 4, 5), max_tokens=num_tokens)]
+    outcome = serve(requests, overlap=overlap, num_layers=3)
     counts = outcome.counts[0]
-    assert counts["build_connector_meta"] >= num_tokens
-    assert counts["start_load_kv"] == counts["build_connector_meta"]
+    for name in ("build_connector_meta", "start_load_kv", "wait_for_save"):
+        assert counts[name] == num_tokens, name
+    assert counts["wait_for_layer_load"] == counts["save_kv_layer"] == 3 * num_tokens
+    assert counts["get_num_new_matched_tokens"] == counts["request_finished"] == 1
+    assert counts["update_state_after_alloc"] == 1
+    assert counts["get_finished"] == num_tokens + overlap
+    assert all(call.given == ([], []) for call in outcome.calls_of("get_finished"))
 
 
-def test_salts_adapters_and_images_keep_to_themselves() -> None:
-    """The toy model's tokens depend on salt: content that crosses over would differ."""
-    requests = shared_prompts(4)
-    salted = again(requests, cache_salt="tenant")
-    outcome = serve([requests, salted, again(salted)], num_ranks=2)
-    assert all(outcome.matched[r.request_id] == (0, 0) for r in salted[:1])
-    assert outcome.num_matched_tokens
+@pytest.mark.parametrize("overlap", [False, True])
+def test_counts_of_a_load_outside_the_batch_are_upstreams(overlap: bool) -> None:
+    """As test_connector_async_onboard there: one poll more, the first with the load's id."""
+    prompt, last = tuple(range(20)), Request(2, tuple(range(20)), max_tokens=8)
+    outcome = serve([[Request(1, prompt, max_tokens=1)], [last]], "1.3", overlap=overlap)
+    before = serve([[Request(1, prompt, max_tokens=1)]], "1.3", overlap=overlap)
+    polls = outcome.calls_of("get_finished")[before.counts[0]["get_finished"] :]
+    assert outcome.matched[2] == (0, 16)
+    assert polls[0].given == ([], [2])
+    num_waiting = next(i for i, call in enumerate(polls) if call.answer[1])
+    assert len(polls) - num_waiting == 8 + 1 + overlap
+    num_built = outcome.counts[0]["build_connector_meta"]
+    assert num_built - before.counts[0]["build_connector_meta"] == 8 + 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_load_in_step_costs_no_hook(overlap: bool) -> None:
+    waves = [[Request(1, tuple(range(20)))], [Request(2, tuple(range(20)))]]
+    outcome = serve(waves, "1.3", mode="sync", overlap=overlap)
+    assert outcome.matched[2] == (0, 16)
+    assert outcome.counts[0]["build_connector_meta"] == 2 * 4
+    assert outcome.counts[0]["get_finished"] == 2 * (4 + overlap)
