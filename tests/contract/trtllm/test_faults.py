@@ -90,7 +90,7 @@ class Fault:
     sound: str = LEADER
 
     def __str__(self) -> str:
-        return "-".join({self.leader, self.worker} - {LEADER, WORKER})
+        return "-".join(n for n in (self.leader, self.worker) if n not in (LEADER, WORKER))
 
 
 def identities(**other: Any) -> list[list[Request]]:

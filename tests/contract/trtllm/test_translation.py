@@ -17,7 +17,7 @@ from tests.contract.trtllm.modules import FLAVOURS, installed, modules_of
 
 with installed("1.3", ("kvbm_connectors.trtllm",)):
     from kvbm_connectors.trtllm import compatibility, translate
-    from kvbm_connectors.trtllm.followed import Followed
+    from kvbm_connectors.trtllm.followed import Followed, first_written
     from kvbm_connectors.trtllm.layout import layout_of
 
 ARGS = make_llm_args(num_ranks=2, tokens_per_block=4)
@@ -35,10 +35,6 @@ def keys(**fields: Any) -> list[bytes]:
 
 
 # translate
-
-
-def test_requests_are_named_by_text() -> None:
-    assert translate.request_id_of(request()) == "7"
 
 
 def test_keys_are_over_complete_blocks_and_grow_with_the_tokens() -> None:
@@ -108,9 +104,9 @@ def test_fields_that_a_version_lacks_have_a_default(flavour: str) -> None:
         fields["num_scheduled_tokens"] = 6
     data = make(**fields)
     assert translate.priorities_of(data) == [translate.DEFAULT_PRIORITY] * 3
-    assert translate.num_scheduled_tokens(data) == (6 if flavour != "1.1" else None)
-    assert translate.written_blocks_of(data, 4, is_new=True) == [4, 5]
-    assert translate.written_blocks_of(data, 4, is_new=False) == [3, 4, 5]
+    assert first_written(data, 4) == [4, 5]
+    followed = Followed("7", request(), 12, False, [0] * 12)
+    assert followed.num_written(data) == (10 if flavour != "1.1" else 12)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +128,7 @@ def test_a_request_is_over_by_its_end_or_its_state(
 
 
 def follow(prompt: list[int], num_loading: int = 0) -> Followed:
-    return Followed(request(), len(prompt), list(prompt), num_loading=num_loading)
+    return Followed("7", request(), len(prompt), False, list(prompt), num_loading=num_loading)
 
 
 def data_of(tokens: list[int], block_ids: list[int], position: int, scheduled: int | None) -> Any:
@@ -141,8 +137,9 @@ def data_of(tokens: list[int], block_ids: list[int], position: int, scheduled: i
 
 
 def take(followed: Followed, data: Any, *, is_new: bool = False, is_chunked: bool = False) -> Any:
-    num_tokens, written = followed.take(data, is_new=is_new, block_size=4, is_chunked=is_chunked)
-    return num_tokens, list(written)
+    followed.is_chunked = is_chunked
+    written = followed.begin(data, 4) if is_new else followed.go_on(data)
+    return followed.num_written(data), list(written)
 
 
 def test_a_prompt_counts_chunk_by_chunk_and_its_blocks_once() -> None:
