@@ -271,5 +271,5 @@ def test_an_engine_without_the_interface_is_named(monkeypatch: pytest.MonkeyPatc
         package.__path__ = []
         monkeypatch.setitem(sys.modules, package.__name__, package)
         with pytest.raises(ImportError, match="no KV cache connector interface"):
-            import kvbm_connectors.trtllm  # noqa: F401
+            import kvbm_connectors.trtllm.interface  # noqa: F401
         monkeypatch.undo()
