@@ -7,7 +7,9 @@ RUN = PATH="$(patsubst %/,%,$(dir $(PYTHON))):$$PATH"
 
 # Tests marked `gpu` are left out where there is none.
 MARKS = $(if $(shell command -v nvidia-smi),,-m "not gpu")
-# For example: make test ARGS="-k pool -x"
+# A file's tests share engines, so that a file is the unit; most of an engine's start is one thread's.
+WORKERS = -n 2 --dist loadfile
+# For example: make test ARGS="-k pool -x", or in one process: make test WORKERS=
 ARGS =
 
 .DEFAULT_GOAL := help
@@ -20,10 +22,10 @@ setup: ## create or update the environment (the first time takes minutes)
 	@scripts/setup.sh
 
 test: setup ## run all tests, those with a real engine too
-	$(RUN) python -m pytest $(MARKS) $(ARGS)
+	$(RUN) python -m pytest $(WORKERS) $(MARKS) $(ARGS)
 
 test-fast: setup ## run the unit, property and contract tests
-	$(RUN) python -m pytest $(MARKS) tests/unit tests/property tests/contract $(ARGS)
+	$(RUN) python -m pytest $(WORKERS) $(MARKS) tests/unit tests/property tests/contract $(ARGS)
 
 check: check-lint check-format check-types check-imports ## lint, formatting, types, import rules
 

@@ -74,11 +74,15 @@ class LeaderSide:
 
     def _no_match(self, request: Any, _: int) -> tuple[int, bool]:
         """A request whose keys can't be computed costs only itself."""
-        name = str(request.request_id)
-        if self._is_serving and self.leader.has_slot(name):
-            self.leader.ignore(name)
-        self._forget(request.request_id)
+        self._drop(request.request_id)
         return 0, False
+
+    @guarded(_switch_off)
+    def _drop(self, request_id: int) -> None:
+        """Where even that fails, nobody is left to answer."""
+        if self._is_serving and self.leader.has_slot(str(request_id)):
+            self.leader.ignore(str(request_id))
+        self._forget(request_id)
 
     @guarded(_no_match)
     def match(self, request: Any, num_device_tokens: int) -> tuple[int, bool]:

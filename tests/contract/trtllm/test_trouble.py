@@ -24,7 +24,7 @@ OTHER = tuple(range(200, 222))
 TWICE = [[Request(1, PROMPT)], [Request(2, PROMPT)]]
 SHARED = shared_prompts(6)
 LATE = {"DYN_KVBM_TRANSFER_ENGINE": late.ENGINE}
-FAST = Timing(beat_seconds=0.05, timeout_seconds=1.0, resend_seconds=0.1)
+FAST = Timing(beat_seconds=0.05, timeout_seconds=2.0, resend_seconds=0.1)
 
 
 @pytest.fixture(autouse=True)
