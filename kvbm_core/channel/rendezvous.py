@@ -119,7 +119,7 @@ def await_beat(endpoint: str, timeout_seconds: float, session: str = "") -> Beat
     try:
         sub = sockets.new_socket(context, zmq.SUB)
         sub.setsockopt(zmq.SUBSCRIBE, b"")
-        sub.connect(endpoint)
+        sockets.connect(sub, endpoint)
         while (left_seconds := deadline_seconds - time.monotonic()) > 0:
             if not sub.poll(int(left_seconds * 1000) + 1):
                 continue

@@ -5,6 +5,7 @@ Lives here: options, addresses, errors with remedies. Does not live here: what i
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import tempfile
 from pathlib import Path
@@ -58,12 +59,31 @@ def tcp_endpoint(host: str, port: int) -> str:
     return f"tcp://{_bracketed(host)}:{port}"
 
 
+def connect(made: zmq.Socket[bytes], endpoint: str) -> None:
+    """Connect, in the background. Raises ChannelError where that is no endpoint.
+
+    A name becomes the address to which a leader of that name binds: left to itself, ZMQ knows names
+    with an IPv6 address by that one only, and ``localhost`` has one where nobody listens on it.
+    """
+    scheme, _, place = endpoint.partition("://")
+    host, _, port = place.rpartition(":")
+    if scheme == "tcp" and host and port.isdigit() and not host.startswith("["):
+        with contextlib.suppress(ConfigError):  # not known yet: ZMQ goes on asking
+            endpoint = tcp_endpoint(numeric_host(host), int(port))
+    try:
+        made.connect(endpoint)
+    except zmq.ZMQError as error:
+        raise ChannelError(f"{endpoint!r} is no place of a leader: {error}") from error
+
+
 def numeric_host(host: str) -> str:
-    """ZMQ binds to addresses, not names. Raises ConfigError."""
+    """ZMQ binds to addresses, not names. IPv4 where a name has both: what is bound to all addresses
+    by 0.0.0.0 has no other. Raises ConfigError."""
     if host in ANY_HOST:
         return host
     try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return str(min(found, key=lambda info: info[0] is not socket.AF_INET)[4][0])
     except OSError as error:
         problem, remedy = f"is no host that this machine knows: {error}", "Give its address."
         raise ConfigError("leader_zmq_host", host, problem, remedy) from error

@@ -30,8 +30,12 @@ class _WorkerSockets:
 
     def open(self) -> None:
         self._sub.setsockopt(zmq.SUBSCRIBE, b"")
-        self._sub.connect(self._address.beat_endpoint)
-        self._dealer.connect(self._address.endpoint)
+        try:
+            sockets.connect(self._sub, self._address.beat_endpoint)
+            sockets.connect(self._dealer, self._address.endpoint)
+        except BaseException:
+            self.close()
+            raise
 
     def sockets(self) -> Iterable[zmq.Socket[bytes]]:
         return (self._sub, self._dealer)

@@ -140,6 +140,26 @@ def test_with_a_host_the_worker_learns_the_session_from_the_beat(opened: Opened)
     assert leader.address.endpoint.startswith("tcp://localhost:")
 
 
+@pytest.mark.parametrize("host", ["a-name.invalid", "0.0.0.0"])
+def test_a_name_with_two_addresses_is_the_same_place_for_both_sides(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """As ``localhost`` is in most /etc/hosts; a leader at 0.0.0.0 has no IPv6 address."""
+    families = {socket.AF_INET6: "::1", socket.AF_INET: "127.0.0.1"}
+
+    def resolve(*_: Any, **__: Any) -> list[Any]:
+        return [(family, 1, 6, "", (place, 0)) for family, place in families.items()]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "gethostname", lambda: "a-name.invalid")
+    ports = {"leader_zmq_pub_port": free_port(), "leader_zmq_ack_port": 0}
+    config = KvbmConfig(cpu_cache_override_num_blocks=4, leader_zmq_host=host, **ports)
+    leader = opened(leader_of(2, config=config))
+    opened(Rank(0, 2, config=config))
+    opened(Rank(1, 2, config=config, address=leader.address))
+    leader.wait(10)
+
+
 def test_two_leaders_on_one_machine_have_places_that_nobody_else_may_enter(
     opened: Opened,
 ) -> None:
@@ -265,6 +285,12 @@ def test_a_worker_without_a_leader_says_so(opened: Opened, tmp_path: Path) -> No
     )
     with pytest.raises(ChannelError, match="no leader speaks at tcp"):
         Rank(0, 1, config=config).open()
+
+
+@pytest.mark.parametrize("place", ["", "tcp://", "tcp://h:x", "tcp://127.0.0.1", "udp://h:1"])
+def test_an_address_that_is_none_is_named(place: str) -> None:
+    with pytest.raises(ChannelError, match="no place of a leader"):
+        Rank(0, 1, address=LeaderAddress("5e55", place, place)).open()
 
 
 # Dying, and coming back
