@@ -31,6 +31,8 @@ from kvbm_core.wire import Handshake, WorkerReport, decode_report
 Route = bytes
 """How the sockets reach one worker."""
 
+_MAX_REASON_LENGTH = 4000
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -145,9 +147,9 @@ class LeaderProtocol:
         """Whatever is due. Call after all messages that have come were received."""
         if gap_seconds := self._stopwatch.stood_still_seconds(now_seconds):
             for member in self._members.values():
-                member.heard_seconds += gap_seconds
+                member.heard_seconds = min(now_seconds, member.heard_seconds + gap_seconds)
             for candidate in self._candidates.values():
-                candidate.since_seconds += gap_seconds
+                candidate.since_seconds = min(now_seconds, candidate.since_seconds + gap_seconds)
         for rank, member in list(self._members.items()):
             silent_seconds = now_seconds - member.heard_seconds
             if silent_seconds > self._timing.timeout_seconds:
@@ -192,6 +194,7 @@ class LeaderProtocol:
 
     def _admit(self, route: Route, hello: Hello, now_seconds: float) -> None:
         rank, handshake = hello.handshake.rank, hello.handshake
+        self._candidates.pop(rank, None)  # itself, or one who will ask again
         self._members[rank] = _Member(
             hello.incarnation,
             handshake,
@@ -206,6 +209,9 @@ class LeaderProtocol:
             self._least = least_of([member.handshake for member in self._members.values()])
 
     def _refuse(self, route: Route, hello: Hello, why: str) -> None:
+        if len(why) > _MAX_REASON_LENGTH:  # it quotes what came
+            half = _MAX_REASON_LENGTH // 2
+            why = f"{why[:half]} … {why[-half:]}"
         self.outgoing.append((route, Refusal(hello.incarnation, why)))
         self.events.append(Refused(hello.handshake.rank, why))
 

@@ -10,7 +10,7 @@ Invariant: `decode` returns a message or raises WireError, whatever the bytes ar
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -20,6 +20,9 @@ from kvbm_core.wire import MAX_MESSAGE_BYTES, WIRE_VERSION, Handshake, check_han
 _MAGIC = b"kvbm"
 _PREFIX = _MAGIC + bytes([WIRE_VERSION])
 _OVERHEAD_BYTES = 4096
+
+Incarnation = Annotated[str, msgspec.Meta(max_length=64)]
+"""Bounded, since answers repeat it: what came must not make one that is too large to send."""
 
 
 class OtherVersion(WireError):
@@ -61,7 +64,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
 
     session: str
     identity: str
-    incarnation: str
+    incarnation: Incarnation
     num_ranks: int
     handshake: Handshake
 
@@ -70,14 +73,14 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
     """A worker that has joined lives."""
 
     rank: int
-    incarnation: str
+    incarnation: Incarnation
 
 
 class Data(msgspec.Struct, frozen=True, array_like=True, tag="data"):
     """One encoded report or plan; seq counts from 1 in each direction of one incarnation."""
 
     rank: int
-    incarnation: str
+    incarnation: Incarnation
     seq: int
     payload: bytes
 
@@ -86,7 +89,7 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
     """Everything up to seq has arrived."""
 
     rank: int
-    incarnation: str
+    incarnation: Incarnation
     seq: int
 
 
@@ -94,24 +97,24 @@ class Goodbye(msgspec.Struct, frozen=True, array_like=True, tag="goodbye"):
     """The worker leaves."""
 
     rank: int
-    incarnation: str
+    incarnation: Incarnation
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
-    incarnation: str
+    incarnation: Incarnation
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
     """The worker can't join; asking again would not help."""
 
-    incarnation: str
+    incarnation: Incarnation
     reason: str
 
 
 class Dropped(msgspec.Struct, frozen=True, array_like=True, tag="dropped"):
     """The leader counts this incarnation as lost, or never knew it."""
 
-    incarnation: str
+    incarnation: Incarnation
 
 
 Message: TypeAlias = Beat | Hello | Alive | Data | Ack | Goodbye | Welcome | Refusal | Dropped

@@ -138,7 +138,8 @@ class WorkerProtocol:
 
     def tick(self, now_seconds: float) -> None:
         """Whatever is due. Call after all messages that have come were received."""
-        self._heard_seconds += self._stopwatch.stood_still_seconds(now_seconds)
+        gap_seconds = self._stopwatch.stood_still_seconds(now_seconds)
+        self._heard_seconds = min(now_seconds, self._heard_seconds + gap_seconds)
         silent_seconds = now_seconds - self._heard_seconds
         if self._is_leader_alive and silent_seconds > self._timing.timeout_seconds:
             self._is_leader_alive = False

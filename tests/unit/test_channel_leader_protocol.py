@@ -15,8 +15,10 @@ from kvbm_core.channel.messages import (
     OtherVersion,
     Refusal,
     Welcome,
+    encode,
 )
 from kvbm_core.errors import WireError
+from kvbm_core.wire import MAX_MESSAGE_BYTES
 from tests.unit.channels import TIMING, disk, hello, report, sent, terms
 
 
@@ -121,6 +123,15 @@ def test_a_leader_that_stood_still_itself_loses_nobody() -> None:
     assert [type(event) for event in protocol.events] == [Lost, Lost]
 
 
+def test_time_that_the_leader_stood_still_is_given_to_nobody_who_spoke_after_it() -> None:
+    protocol = joined()
+    run(protocol, 2.0, 0, 1)
+    protocol.receive(route(0), Alive(0, "i0"), 500.0)
+    protocol.tick(500.0)
+    run(protocol, 511.0, start=500.0)
+    assert Lost(0, "it was silent for 10.5 s") in protocol.events
+
+
 def test_a_rank_that_says_goodbye_is_lost_at_once() -> None:
     protocol = joined()
     protocol.receive(route(1), Goodbye(1, "i1"), 0.5)
@@ -209,6 +220,26 @@ def test_beats_go_to_all_once_a_second() -> None:
     beats = [m for to, m in protocol.outgoing if to is None]
     assert len(beats) == 4
     assert all(isinstance(beat, Beat) for beat in beats)
+
+
+def test_who_took_over_after_a_goodbye_is_not_refused_as_its_own_rival() -> None:
+    protocol = joined()
+    protocol.receive(route(0), hello(0, "new"), 1.0)
+    run(protocol, 4.0, 1)
+    protocol.receive(route(0), Goodbye(0, "i0"), 4.5)
+    protocol.receive(route(0), hello(0, "new"), 4.5)
+    protocol.tick(4.5)
+    assert [type(event) for event in protocol.events] == [Lost, Joined]
+    assert sent(protocol, route(0), Refusal) == []
+
+
+def test_a_refusal_fits_into_a_message_whatever_is_refused() -> None:
+    """Else encoding it would end the I/O thread."""
+    protocol = LeaderProtocol(terms(), TIMING)
+    protocol.receive(b"r", hello(identity="\0" * (MAX_MESSAGE_BYTES // 2)), 0.0)
+    ((_, refusal),) = protocol.outgoing
+    assert len(encode(refusal)) < 10_000
+    assert "leader's of 'a model'" in why_refused(protocol)
 
 
 def test_noise_is_counted_and_another_release_is_told() -> None:

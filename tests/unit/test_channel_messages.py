@@ -55,6 +55,11 @@ def test_a_message_of_another_release_says_so_whatever_is_in_it() -> None:
         decode(b"kvbm\x09 whatever")
 
 
+def test_what_answers_repeat_is_bounded() -> None:
+    with pytest.raises(WireError, match="malformed"):
+        decode(encode(Alive(0, "i" * 1000)))
+
+
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 def test_a_message_that_was_cut_is_refused(message: Message) -> None:
     with pytest.raises(WireError):
