@@ -75,9 +75,8 @@ class Cascade:
         self._queue: OrderedDict[BlockHash, None] = OrderedDict()
         self._asked: dict[RequestId, tuple[Slot, int]] = {}
         self._promoting: dict[BlockHash, OpId] = {}
-        self._left_by_earlier: list[
-            BlockHash
-        ] = []  # to be brought back unasked, the last one first
+        # To be brought back unasked, the last one first.
+        self._left_by_earlier: list[BlockHash] = []
         self._flights: dict[OpId, float] = {}
         self._num_writing_blocks = 0
         self._num_failures = 0
@@ -234,10 +233,10 @@ class Cascade:
     def end(self, record: OpRecord) -> None:
         """An op between host and disk has its last answer."""
         del self._flights[record.op.op_id]
-        if record.error:
-            self._count_failure(record)
-        else:
+        if not record.error:
             self._num_failures = 0
+        elif not record.doomed:  # else it says nothing of the disk: a rank may be lost
+            self._count_failure(record)
         if record.op.is_upward:
             self._end_promotion(record)
         else:

@@ -161,9 +161,10 @@ class KvbmLeader:
 
         Raises ConfigError where the Leader, due now that all have joined, can't be built.
         """
+        failure = self._open_end.failure  # before the events: after it there are no more
         for event in self._open_end.take_events():
             self._take(event)
-        if (failure := self._open_end.failure) is not None:
+        if failure is not None:
             for rank in list(self._handshakes):
                 self._lose(rank, f"the leader's I/O thread has failed: {failure}")
 

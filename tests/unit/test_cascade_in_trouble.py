@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvbm_core.cascade import DEADLINE_SECONDS, MAX_WAIT_SECONDS
+from kvbm_core.cascade import DEADLINE_SECONDS, MAX_FAILURES, MAX_WAIT_SECONDS
 from kvbm_core.leader import Leader
 from kvbm_core.types import TransferOp
 from kvbm_core.wire import DiskReset
@@ -233,6 +233,24 @@ def test_disk_ops_that_a_lost_rank_owed_fail_and_keep_nothing() -> None:
     leader.take_plan()
     assert is_at_rest(leader)
     assert (leader.pool.num_free, below(leader).disk.num_free) == (8, 8)
+
+
+def test_a_lost_rank_is_no_reason_to_leave_the_disk_alone() -> None:
+    """What it owed did not fail on its disk (see MAX_FAILURES)."""
+    leader = leader_of(host=OTHERS[:MAX_FAILURES], num_ranks=2)
+    for key in OTHERS[:MAX_FAILURES]:
+        below(leader).stored([key])
+        (op,) = plan(leader)
+        answer(leader, op)
+    leader.lose_rank(1)
+    assert leader.num_ops_in_flight == 0
+    leader.regain_rank(1)
+    begin(leader, "a", KEYS[:1])
+    leader.match("a", 0)
+    leader.allocated("a", 0, [7])
+    (offload,) = leader.plan_step([("a", SIZE)], lambda _: [7]).ops
+    answer(leader, offload, ranks=(0, 1))
+    assert [op.route for op in plan(leader)] == ["host_to_disk"]
 
 
 # Books that can't be trusted
