@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 REQUEST_SECONDS = 3.0
 _API_PATH = "/v3/"  # of etcd 3.4 and later
 _UNREACHABLE = (ConnectionFailedError, ConnectionTimeoutError, ApiVersionDiscoveryFailedError)
+_UNINTELLIGIBLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _STALE_LOGIN = ("invalid auth token", "user name is empty", "revision of auth store is old")
 _T = TypeVar("_T")
 
@@ -107,22 +108,29 @@ class EtcdClient:
             self._open()
         client = self._clients[self._current]
         try:
-            if not self._is_logged_in:
-                self._log_in(client)
-            return action(client)
+            return self._ask(client, action)
         except _UNREACHABLE:
             raise
         except Etcd3Exception as error:
             if not any(text in _text(error) for text in _STALE_LOGIN):
                 raise self._refusal(error) from error
         # A token lives minutes, and none outlives a restart of etcd.
+        self._is_logged_in = False
         try:
-            self._log_in(client)
-            return action(client)
+            return self._ask(client, action)
         except _UNREACHABLE:
             raise
         except Etcd3Exception as error:
             raise self._refusal(error) from error
+
+    def _ask(self, client: Any, action: Callable[[Any], _T]) -> _T:
+        try:
+            if not self._is_logged_in:
+                self._log_in(client)
+            return action(client)
+        except _UNINTELLIGIBLE as error:
+            text = f"its answer is not etcd's: {type(error).__name__}: {error}"
+            raise ConnectionFailedError(text) from error
 
     def _open(self) -> None:
         settings = self._settings

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,32 @@ def test_the_next_endpoint_is_tried(server: EtcdServer) -> None:
     with pytest.raises(Unreachable, match="ETCD_ENDPOINTS"):
         EtcdClient(EtcdSettings((dead,))).get("/kvbm/x")
     client.close()
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"[]", b"{}", b"\xff"])
+def test_what_is_no_etcd_counts_as_out_of_reach(answer: bytes) -> None:
+    """A proxy, or another service: no reason to stop a leader, nor the thread that registers it."""
+
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{other.server_port}"
+        client = EtcdClient(EtcdSettings((endpoint,)))
+        with pytest.raises(Unreachable, match=endpoint):
+            client.grant(10)
+        client.close()
+        own = rendezvous(endpoint)
+        own.announce(ADDRESS)
+        own.withdraw()
+        other.shutdown()
 
 
 def test_without_a_leader_the_deadline_says_what_to_check(server: EtcdServer) -> None:
