@@ -30,10 +30,11 @@ from kvbm_core.channel.worker_protocol import (
     WorkerEvent,
 )
 from kvbm_core.config import KvbmConfig
-from kvbm_core.errors import ChannelError, WireError
+from kvbm_core.errors import ChannelError
 from kvbm_core.layout import KvLayout
 from kvbm_core.registry.choose import rendezvous_for
-from kvbm_core.wire import DiskInventory, Handshake, StepPlan, encode
+from kvbm_core.storage.disk import DiskStore
+from kvbm_core.wire import MAX_INVENTORY_BLOCKS, DiskInventory, Handshake, StepPlan, encode
 from kvbm_core.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class KvbmWorker:
             layout.block_size,
             layout.block_bytes,
             layout.fingerprint(),
-            None if worker.disk is None else worker.disk.take_inventory(),
+            None if worker.disk is None else self._inventory(worker.disk),
         )
         self._join(address.session, handshake)
 
@@ -210,6 +211,20 @@ class KvbmWorker:
         )
         return DiskPlace(num_blocks, self._identity, engine_id, self._num_ranks)
 
+    def _inventory(self, disk: DiskStore) -> DiskInventory:
+        """What the leader is told of: as much as a message holds."""
+        found = disk.take_inventory()
+        told = found.newest(MAX_INVENTORY_BLOCKS)
+        if told is not found:
+            logger.warning(
+                "kvbm: rank %d brings back the newest %d of its %d blocks on disk: more do not fit "
+                "into a message",
+                self._rank,
+                MAX_INVENTORY_BLOCKS,
+                len(found.ids()),
+            )
+        return told
+
     def _listen(self) -> None:
         for event in self._open_end.take_events():
             self._take(event)
@@ -257,19 +272,5 @@ class KvbmWorker:
         incarnation = os.urandom(8).hex()
         hello = Hello(session, self._identity, incarnation, self._num_ranks, handshake)
         self._membership = _Membership.JOINING
-        try:
-            self._open_end.join(hello)
-        except WireError:
-            assert handshake.disk is not None
-            logger.warning(
-                "kvbm: rank %d has too many blocks on disk (%d bytes of keys) to tell the leader: "
-                "they are discarded",
-                self._rank,
-                len(handshake.disk.keys),
-            )
-            empty = DiskInventory(handshake.disk.num_blocks)
-            hello = msgspec.structs.replace(
-                hello, handshake=msgspec.structs.replace(handshake, disk=empty)
-            )
-            self._open_end.join(hello)
+        self._open_end.join(hello)
         self._hello = hello

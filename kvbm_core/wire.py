@@ -30,6 +30,8 @@ from kvbm_core.types import (
 WIRE_VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 2**20
 GENERATION_BYTES = 16
+MAX_INVENTORY_BLOCKS = (MAX_MESSAGE_BYTES - 2**16) // (KEY_BYTES + 4)
+"""In one message, beside what else it says."""
 
 
 class DiskReset(msgspec.Struct, frozen=True, array_like=True):
@@ -62,6 +64,17 @@ class DiskInventory(msgspec.Struct, frozen=True, array_like=True):
 
     def ids(self) -> array[int]:
         return unpack_ids(self.block_ids)
+
+    def newest(self, num_blocks: int) -> DiskInventory:
+        """Without the oldest blocks beyond so many."""
+        num_left_out = len(self.block_ids) // 4 - num_blocks
+        if num_left_out <= 0:
+            return self
+        return msgspec.structs.replace(
+            self,
+            keys=self.keys[num_left_out * KEY_BYTES :],
+            block_ids=self.block_ids[num_left_out * 4 :],
+        )
 
 
 class Handshake(msgspec.Struct, frozen=True, array_like=True):

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import zmq
 
-from kvbm_core import KvbmConfig, KvbmLeader, KvbmWorker
+from kvbm_core import KvbmConfig, KvbmLeader, KvbmWorker, kvbm_worker
 from kvbm_core.channel.leader_end import LeaderEnd
 from kvbm_core.channel.leader_protocol import Joined, LeaderProtocol, Lost, Reported, Terms
 from kvbm_core.channel.messages import Hello, LeaderAddress
@@ -27,11 +27,12 @@ from kvbm_core.channel.worker_end import WorkerEnd
 from kvbm_core.channel.worker_protocol import LeaderSeen, Outside, Welcomed
 from kvbm_core.errors import ChannelError, ConfigError
 from kvbm_core.types import OpResult
-from kvbm_core.wire import Handshake, WorkerReport, encode
+from kvbm_core.wire import GENERATION_BYTES, Handshake, WorkerReport, encode
 from tests.contract.ranks import (
     BLOCK_BYTES,
     CONFIG,
     IDENTITY,
+    KEYS,
     NUM_BLOCKS,
     NUM_TOKENS,
     PATIENT,
@@ -171,15 +172,38 @@ def test_two_leaders_on_one_machine_have_places_that_nobody_else_may_enter(
     assert [place.exists() for place in places] == [False, True]
 
 
-def test_the_ranks_of_one_engine_share_its_disk_set(opened: Opened, tmp_path: Path) -> None:
-    config = KvbmConfig(
+def config_with_disk(directory: Path) -> KvbmConfig:
+    return KvbmConfig(
         cpu_cache_override_num_blocks=4,
         disk_cache_override_num_blocks=4,
-        disk_cache_dir=str(tmp_path),
+        disk_cache_dir=str(directory),
         disk_zerofill_fallback=True,
         disk_disable_o_direct=True,
         disk_engine="threads",
     )
+
+
+def test_of_more_blocks_on_disk_than_a_message_holds_the_newest_come_back(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_with_disk(tmp_path)
+    leader = opened(leader_of(1, config=config))
+    before = Rank(0, 1, config=config, address=leader.address).open().kvbm
+    assert before.worker.disk is not None
+    index = before.worker.disk.index
+    index.begin_anew(b"g" * GENERATION_BYTES, persists=True)
+    index.put([2, 0, 1], KEYS[:3], [0, 0, 0])
+    before.close()
+    monkeypatch.setattr(kvbm_worker, "MAX_INVENTORY_BLOCKS", 2)
+    leader = opened(leader_of(1, config=config))
+    opened(Rank(0, 1, config=config, address=leader.address))
+    leader.wait(30)
+    assert leader.leader.cascade is not None
+    assert leader.leader.cascade.disk.ready_keys() == KEYS[1:3]
+
+
+def test_the_ranks_of_one_engine_share_its_disk_set(opened: Opened, tmp_path: Path) -> None:
+    config = config_with_disk(tmp_path)
     leader = opened(leader_of(2, config=config))
     for rank in range(2):
         opened(Rank(rank, 2, config=config, address=leader.address))

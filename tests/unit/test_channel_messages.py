@@ -22,7 +22,7 @@ from kvbm_core.channel.messages import (
 )
 from kvbm_core.errors import WireError
 from kvbm_core.types import BlockHash
-from kvbm_core.wire import DiskInventory
+from kvbm_core.wire import MAX_INVENTORY_BLOCKS, DiskInventory
 from tests.unit.channels import HANDSHAKE, hello
 
 INVENTORY = DiskInventory.of(4, bytes(16), [(BlockHash(bytes(32)), 3)])
@@ -53,6 +53,23 @@ def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
 def test_a_message_of_another_release_says_so_whatever_is_in_it() -> None:
     with pytest.raises(OtherVersion, match="wire version 9"):
         decode(b"kvbm\x09 whatever")
+
+
+def test_the_largest_inventory_fits_into_a_hello() -> None:
+    count = MAX_INVENTORY_BLOCKS + 1
+    whole = DiskInventory(count, bytes(16), bytes(32 * count), bytes(4 * count))
+    told = whole.newest(MAX_INVENTORY_BLOCKS)
+    assert len(told.ids()) == MAX_INVENTORY_BLOCKS
+    decode(encode(hello(disk=told)))
+    with pytest.raises(WireError, match="exceeds"):
+        encode(hello(disk=whole, identity="x" * 2**17))
+
+
+def test_what_was_written_last_is_told() -> None:
+    entries = [(BlockHash(bytes([i]) * 32), i) for i in range(4)]
+    inventory = DiskInventory.of(8, bytes(16), entries)
+    assert inventory.newest(2) == DiskInventory.of(8, bytes(16), entries[2:])
+    assert inventory.newest(4) is inventory
 
 
 def test_what_answers_repeat_is_bounded() -> None:
