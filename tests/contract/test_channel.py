@@ -215,6 +215,16 @@ def test_the_ranks_of_one_engine_share_its_disk_set(opened: Opened, tmp_path: Pa
     assert (tmp_path / "dynamo-kvbm-disk-cache-0.lock").read_text() == leader.address.session
 
 
+def test_what_is_wrong_with_the_leader_is_said_as_often_as_it_is_asked_for(opened: Opened) -> None:
+    config = KvbmConfig(cpu_cache_override_num_blocks=4, eviction_policy="none such")
+    leader = opened(leader_of(1, config=config))
+    opened(Rank(0, 1, config=config, address=leader.address))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="eviction_policy"):
+            leader.wait(30)
+    assert not leader.is_ready
+
+
 # Refusing
 
 
