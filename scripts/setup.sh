@@ -94,7 +94,7 @@ apt_install() {
     ((EUID == 0)) || command -v sudo >/dev/null || return 1
     {
         as_root apt-get update &&
-            as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y "$@"
+            as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y "$@"
     } >"$scratch/apt.log" 2>&1 && return
     tail -n 5 "$scratch/apt.log" >&2
     return 1
