@@ -186,13 +186,10 @@ class LeaderSide:
 
     def close(self) -> None:
         """Nothing may be asked any more."""
-        self._switch_off_quietly()
+        self._is_off = True
         if self._summary is not None:
             self._summary.write(self.failed_hooks.total())
         self._kvbm.close()
-
-    def _switch_off_quietly(self) -> None:
-        self._is_off = True
 
     def _follow(self, request: Any) -> Followed:
         followed = self._followed.get(request.request_id)

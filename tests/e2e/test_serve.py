@@ -119,6 +119,7 @@ def test_a_prefix_that_the_device_evicted_comes_back(server: Server) -> None:
     assert hits >= 4 * LENGTH - LENGTH
 
 
+@pytest.mark.timeout(900)
 def test_a_server_killed_under_load_finds_its_disk_cache_again(
     checkpoint: Path, tmp_path: Path, server: Server
 ) -> None:
