@@ -262,6 +262,16 @@ def _num_disk_threads(config: KvbmConfig) -> int:
     return min(config.max_concurrent_transfers, MAX_DISK_THREADS)
 
 
+def disk_place(
+    config: KvbmConfig, *, block_bytes: int, identity: str, engine_id: str, num_ranks: int
+) -> DiskPlace | None:
+    """Where one rank's disk tier goes; None without one. Raises ConfigError, see below."""
+    if not config.has_disk:
+        return None
+    num_blocks = count_disk_blocks(config, block_bytes=block_bytes, num_ranks=num_ranks)
+    return DiskPlace(num_blocks, identity, engine_id, num_ranks)
+
+
 def count_disk_blocks(config: KvbmConfig, *, block_bytes: int, num_ranks: int) -> int:
     """Disk blocks of one rank; 0 without a disk tier. Raises ConfigError below one block."""
     if config.disk_cache_override_num_blocks is not None:

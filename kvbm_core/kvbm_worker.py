@@ -17,7 +17,7 @@ from enum import Enum
 import msgspec
 import torch
 
-from kvbm_core.build import DiskPlace, build_worker, count_disk_blocks, count_host_blocks
+from kvbm_core.build import build_worker, count_host_blocks, disk_place
 from kvbm_core.channel.messages import Hello, LeaderAddress
 from kvbm_core.channel.rendezvous import DirectRendezvous, Rendezvous
 from kvbm_core.channel.timing import Timing
@@ -105,7 +105,13 @@ class KvbmWorker:
             regions,
             rank=self._rank,
             num_host_blocks=num_host_blocks,
-            disk=self._disk_place(layout.block_bytes, address.session),
+            disk=disk_place(
+                self._config,
+                block_bytes=layout.block_bytes,
+                identity=self._identity,
+                engine_id=address.session,
+                num_ranks=self._num_ranks,
+            ),
         )
         end = WorkerEnd(address, timing=self._timing)
         try:
@@ -202,14 +208,6 @@ class KvbmWorker:
         if self._end is None:
             raise RuntimeError("the worker is not open")
         return self._end
-
-    def _disk_place(self, block_bytes: int, engine_id: str) -> DiskPlace | None:
-        if not self._config.has_disk:
-            return None
-        num_blocks = count_disk_blocks(
-            self._config, block_bytes=block_bytes, num_ranks=self._num_ranks
-        )
-        return DiskPlace(num_blocks, self._identity, engine_id, self._num_ranks)
 
     def _inventory(self, disk: DiskStore) -> DiskInventory:
         """What the leader is told of: as much as a message holds."""

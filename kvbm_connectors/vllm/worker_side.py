@@ -12,7 +12,7 @@ import torch
 
 from kvbm_connectors.vllm.layout import layout_of
 from kvbm_connectors.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
-from kvbm_core.build import DiskPlace, build_worker, count_disk_blocks, count_host_blocks
+from kvbm_core.build import build_worker, count_host_blocks, disk_place
 from kvbm_core.config import KvbmConfig
 from kvbm_core.wire import StepPlan, decode_plan, encode
 from kvbm_core.worker import Worker
@@ -72,7 +72,13 @@ class WorkerSide:
             regions,
             rank=self._rank,
             num_host_blocks=num_host_blocks,
-            disk=self._disk_place(layout.block_bytes),
+            disk=disk_place(
+                self._config,
+                block_bytes=layout.block_bytes,
+                identity=self._identity,
+                engine_id=self._engine_id,
+                num_ranks=self._num_ranks,
+            ),
         )
         store = self._worker.disk
         self.handshake = KvbmHandshake(
@@ -83,14 +89,6 @@ class WorkerSide:
             layout.fingerprint(),
             None if store is None else store.take_inventory(),
         )
-
-    def _disk_place(self, block_bytes: int) -> DiskPlace | None:
-        if not self._config.has_disk:
-            return None
-        num_blocks = count_disk_blocks(
-            self._config, block_bytes=block_bytes, num_ranks=self._num_ranks
-        )
-        return DiskPlace(num_blocks, self._identity, self._engine_id, self._num_ranks)
 
     def begin(self, metadata: Any) -> None:
         """Before the forward and before anything writes device blocks."""
