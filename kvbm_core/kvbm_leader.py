@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 
 from kvbm_core.announce import announce
 from kvbm_core.build import build_leader
@@ -27,6 +26,7 @@ from kvbm_core.channel.leader_protocol import (
 from kvbm_core.channel.messages import LeaderAddress
 from kvbm_core.channel.rendezvous import Rendezvous
 from kvbm_core.channel.timing import Timing
+from kvbm_core.channel.waiting import wait_until
 from kvbm_core.config import KvbmConfig
 from kvbm_core.errors import ChannelError
 from kvbm_core.leader import Leader
@@ -34,8 +34,6 @@ from kvbm_core.registry.choose import rendezvous_for
 from kvbm_core.wire import Handshake, StepPlan, encode
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_SECONDS = 10.0
 
 
 class KvbmLeader:
@@ -134,27 +132,23 @@ class KvbmLeader:
         """
         if timeout_seconds is None:
             timeout_seconds = self._config.leader_worker_init_timeout_secs
-        began_seconds = time.monotonic()
-        next_log_seconds = began_seconds + PROGRESS_SECONDS
-        while True:
-            self.poll()
-            now_seconds = time.monotonic()
-            if self.is_ready:
-                return
-            if self._open_end.failure is not None:
-                raise ChannelError(f"the leader's I/O thread has failed: {self._open_end.failure}")
-            if now_seconds >= began_seconds + timeout_seconds:
-                raise ChannelError(self._say_who_is_missing(timeout_seconds))
-            if now_seconds >= next_log_seconds:
-                next_log_seconds += PROGRESS_SECONDS
-                logger.info(
-                    "kvbm: waiting for ranks %s of %d since %.0f s",
-                    self.missing_ranks,
-                    self._num_ranks,
-                    now_seconds - began_seconds,
-                )
-            left_seconds = began_seconds + timeout_seconds - now_seconds
-            self._open_end.wait(min(left_seconds, next_log_seconds - now_seconds))
+        end = self._open_end
+        if not wait_until(end, self._is_joined, timeout_seconds=timeout_seconds, say=self._say):
+            raise ChannelError(self._say_who_is_missing(timeout_seconds))
+
+    def _is_joined(self) -> bool:
+        self.poll()
+        if not self.is_ready and self._open_end.failure is not None:
+            raise ChannelError(f"the leader's I/O thread has failed: {self._open_end.failure}")
+        return self.is_ready
+
+    def _say(self, passed_seconds: float) -> None:
+        logger.info(
+            "kvbm: waiting for ranks %s of %d since %.0f s",
+            self.missing_ranks,
+            self._num_ranks,
+            passed_seconds,
+        )
 
     def poll(self) -> None:
         """Apply what workers have said since the last call. Never waits.

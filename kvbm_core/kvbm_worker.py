@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Sequence
 from enum import Enum
 
@@ -21,6 +20,7 @@ from kvbm_core.build import build_worker, count_host_blocks, disk_place
 from kvbm_core.channel.messages import Hello, LeaderAddress
 from kvbm_core.channel.rendezvous import DirectRendezvous, Rendezvous
 from kvbm_core.channel.timing import Timing
+from kvbm_core.channel.waiting import wait_until
 from kvbm_core.channel.worker_end import WorkerEnd
 from kvbm_core.channel.worker_protocol import (
     LeaderSeen,
@@ -38,8 +38,6 @@ from kvbm_core.wire import MAX_INVENTORY_BLOCKS, DiskInventory, Handshake, StepP
 from kvbm_core.worker import Worker
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_SECONDS = 10.0
 
 
 class _Membership(Enum):
@@ -154,29 +152,27 @@ class KvbmWorker:
         """
         if timeout_seconds is None:
             timeout_seconds = self._config.leader_worker_init_timeout_secs
-        began_seconds = time.monotonic()
-        next_log_seconds = began_seconds + PROGRESS_SECONDS
-        while True:
-            self.poll()
-            if self.is_joined:
-                return
-            if self._open_end.failure is not None:
-                raise ChannelError(f"the worker's I/O thread has failed: {self._open_end.failure}")
-            if self._refusal:
-                raise ChannelError(f"the leader refuses rank {self._rank}: {self._refusal}")
-            now_seconds = time.monotonic()
-            if now_seconds >= began_seconds + timeout_seconds:
-                raise ChannelError(
-                    f"rank {self._rank} was not taken in by the leader within "
-                    f"{timeout_seconds:g} s, which was "
-                    f"{'heard' if self.is_leader_alive else 'never heard'}: check that it runs and "
-                    "that this machine reaches it"
-                )
-            if now_seconds >= next_log_seconds:
-                next_log_seconds += PROGRESS_SECONDS
-                logger.info("kvbm: rank %d is waiting for the leader", self._rank)
-            left_seconds = began_seconds + timeout_seconds - now_seconds
-            self._open_end.wait(min(left_seconds, next_log_seconds - now_seconds))
+        end = self._open_end
+        if not wait_until(end, self._is_taken_in, timeout_seconds=timeout_seconds, say=self._say):
+            raise ChannelError(
+                f"rank {self._rank} was not taken in by the leader within "
+                f"{timeout_seconds:g} s, which was "
+                f"{'heard' if self.is_leader_alive else 'never heard'}: check that it runs and "
+                "that this machine reaches it"
+            )
+
+    def _is_taken_in(self) -> bool:
+        self.poll()
+        if self.is_joined:
+            return True
+        if self._open_end.failure is not None:
+            raise ChannelError(f"the worker's I/O thread has failed: {self._open_end.failure}")
+        if self._refusal:
+            raise ChannelError(f"the leader refuses rank {self._rank}: {self._refusal}")
+        return False
+
+    def _say(self, passed_seconds: float) -> None:
+        logger.info("kvbm: rank %d is waiting for the leader", self._rank)
 
     def poll(self) -> None:
         """Collect ops that ended, tell the leader, take what it said. Never waits, except for an op
